@@ -1,0 +1,1 @@
+"""The policy server: generates, scores log-probabilities and takes live weight updates."""

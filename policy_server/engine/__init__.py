@@ -1,0 +1,1 @@
+"""Engines: what runs the policy and its frozen reference."""

@@ -1,0 +1,1 @@
+"""The reward server: turns (prompt, completion) into a reward."""

@@ -1,0 +1,1 @@
+"""The trainer: owns the policy weights and runs PPO over gRPC."""
