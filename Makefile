@@ -1,0 +1,60 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# How many test processes; each runs its models on one thread.
+JOBS   ?= 2
+
+.PHONY: help setup demo test test-all check protos bench constraints clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make the virtual environment and install everything, at the versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	UV_BUILD_CONSTRAINT=constraints.txt $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Run PPO over the three processes on film reviews and show the reward rising (MODEL= DATA= REWARD=)
+	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(REWARD),--reward $(REWARD))
+
+test: $(READY) ## Run the tests that fit in a few minutes
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not trl"
+
+test-all: $(READY) .venv-trl/.ready ## Run every test: the slow ones, and those against TRL 0.11.4 in its own environment
+	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest -n $(JOBS)
+
+.venv-trl/.ready: tests/trainer/parity/requirements-trl.txt | $(READY)
+	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	$(BIN)/uv pip install --quiet --python .venv-trl/bin/python -r $<
+	@touch $@
+
+check: $(READY) ## Lint, format, types, contract lint, and drift of the committed stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+	$(BIN)/buf format protos --diff --exit-code
+	$(BIN)/python scripts/protos.py --check
+	$(BIN)/python scripts/protos.py --breaking
+
+protos: $(READY) ## Regenerate the committed stubs from protos/
+	$(BIN)/buf format protos --write
+	$(BIN)/python scripts/protos.py
+
+bench: $(READY) ## Run the benchmarks and print their tables
+	$(BIN)/python -m tests.benchmarks
+
+constraints: $(READY) ## Resolve constraints.txt again after pyproject.toml changed
+	$(BIN)/python scripts/constraints.py
+
+clean: ## Remove the environments, caches and runs
+	rm -rf .venv .venv-trl .cache runs dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
