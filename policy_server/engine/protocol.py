@@ -100,6 +100,7 @@ class GenerationRequest:
     processed_logprobs: bool = False
     weights: WeightsPrecondition = field(default_factory=WeightsPrecondition)
     priority: Priority = Priority.BULK
+    stream_interval: int = 1  # least new tokens per delta of a completion; max_new_tokens or more = one delta each
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ class ParameterSpec:
     tied_to: str | None = None
 
 
+class TokenStream(AsyncIterator[TokenDelta], Protocol):
+    """Deltas of one request, interleaved over its completions. Raises RpcFailure when the request fails."""
+
+    async def aclose(self) -> None:
+        """Cancel the request if it has not finished; safe to call at any time (`contextlib.aclosing` does)."""
+        ...
+
+
 class Engine(Protocol):
     """Generates, scores and swaps weights; every method is called from the event loop and never blocks it.
 
@@ -170,10 +179,11 @@ class Engine(Protocol):
     (a precondition that is not met), not_found (unknown model), unavailable (shutting down).
     """
 
-    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
-        """Queue a request; the iterator yields deltas of all n completions, interleaved, until each has finished.
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        """Queue a request at once; the stream yields deltas of all n completions, interleaved, until each has finished.
 
-        Closing the iterator early (or cancelling its consumer) cancels the request within one decode step.
+        A full queue, an unknown model and a stopped engine are raised here, everything else while iterating. Closing
+        or dropping the stream early (or cancelling its consumer) cancels the request within one decode step.
         """
         ...
 
