@@ -1,0 +1,44 @@
+"""How far the policy has moved from the reference, token by token, in nats."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class KlPenalty(StrEnum):
+    """Which estimate of the KL divergence penalizes the rewards."""
+
+    KL = "kl"
+    ABS = "abs"
+    MSE = "mse"
+    FULL = "full"
+
+
+def estimated_kl(logprobs: Tensor, reference_logprobs: Tensor, penalty: KlPenalty) -> Tensor:
+    """Per-token estimates from the sampled tokens' log-probabilities alone.
+
+    logprobs, reference_logprobs: one shape, any; the result has it too. The estimators are k1, |k1| and k2 of
+    Schulman, "Approximating KL Divergence" (2020); only k1 is unbiased, and it alone can be negative.
+
+    Raises ValueError for `full`, which needs the distributions: see `full_kl`.
+    """
+    difference = logprobs - reference_logprobs
+    if penalty is KlPenalty.KL:
+        return difference
+    if penalty is KlPenalty.ABS:
+        return difference.abs()
+    if penalty is KlPenalty.MSE:
+        return 0.5 * difference.square()
+    raise ValueError(f"kl_penalty={penalty} is computed from whole distributions, not from the sampled tokens")
+
+
+def full_kl(distribution: Tensor, reference_distribution: Tensor) -> Tensor:
+    """KL(policy ‖ reference) at each position, exactly.
+
+    distribution, reference_distribution: [..., vocabulary] log-probabilities; the result is [...]. A token that the
+    policy gives probability 0 contributes 0.
+    """
+    terms = distribution.exp() * (distribution - reference_distribution)
+    return terms.masked_fill(distribution == float("-inf"), 0.0).sum(-1)
