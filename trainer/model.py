@@ -77,6 +77,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             nn.init.zeros_(self.v_head.summary.bias)
         self.v_head.to(pretrained_model.device)
         self._forward_parameters = frozenset(inspect.signature(pretrained_model.forward).parameters)
+        self._body_output_is_last: bool | None = None
 
     @classmethod
     def from_pretrained(
@@ -165,20 +166,25 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """The language model's output and its last hidden state [batch, time, hidden].
 
         `output_hidden_states=True` keeps every layer's alive; the output of the model's body is the last one alone.
-        Calling body and head apart would miss what architectures do between them (logit scaling, soft caps).
+        Not every architecture calls its body as a module, and calling body and head apart would miss what others do
+        between them (logit scaling, soft caps): so the first forward asks both ways, and later ones the cheaper way if
+        it gave the same.
         """
-        model = self.pretrained_model
-        body = model.base_model
-        if body is model:
-            output = model(**arguments, output_hidden_states=True)
-            return output, output.hidden_states[-1]
         seen: list[Any] = []
-        handle = body.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        handle = self.pretrained_model.base_model.register_forward_hook(lambda _body, _inputs, out: seen.append(out))
         try:
-            output = model(**arguments)
+            output = self.pretrained_model(
+                **arguments, output_hidden_states=not self._body_output_is_last, return_dict=True
+            )
         finally:
             handle.remove()
-        return output, seen[-1][0]
+        if self._body_output_is_last:
+            return output, seen[-1].last_hidden_state
+        last: Tensor = output.hidden_states[-1]
+        if self._body_output_is_last is None:
+            body_output = getattr(seen[-1], "last_hidden_state", None) if seen else None
+            self._body_output_is_last = body_output is not None and torch.equal(body_output, last)
+        return output, last
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the language model."""
