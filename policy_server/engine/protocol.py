@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, order=True)
 class WeightsVersion:
-    """One set of weights. Ordered by (incarnation, version) within a run; run_id "" = loaded at start, never published."""
+    """One set of weights, ordered by (incarnation, version) within a run; run_id "" = loaded at start, unpublished."""
 
     run_id: str = ""
     incarnation: int = 0
@@ -157,15 +157,22 @@ class ModelDescription:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Shape of a parameter of the served policy, by its name in transformers' state dict; tied names listed in `tied_to`."""
+    """A parameter of the served policy, named as in its state dict; `tied_to` = the name it shares memory with."""
 
     name: str
     shape: tuple[int, ...]
     tied_to: str | None = None
 
 
-class TokenStream(AsyncIterator[TokenDelta], Protocol):
-    """Deltas of one request, interleaved over its completions. Raises RpcFailure when the request fails."""
+class TokenStream(Protocol):
+    """An async iterator of one request's deltas, interleaved over its completions.
+
+    Iterating raises RpcFailure when the request fails.
+    """
+
+    def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
+
+    async def __anext__(self) -> TokenDelta: ...
 
     async def aclose(self) -> None:
         """Cancel the request if it has not finished; safe to call at any time (`contextlib.aclosing` does)."""
