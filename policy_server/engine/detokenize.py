@@ -76,7 +76,7 @@ class IncrementalText:
         return rest
 
     def _cut(self, window: str) -> None:
-        """Drop the older half of a window that never settles (a run of ill-formed bytes), where that changes nothing."""
+        """Drop the older half of a window that never settles (ill-formed bytes), where that changes nothing."""
         middle = self._window + _LONGEST_UNSETTLED_WINDOW // 2
         left, right = self._decode(self._ids[self._window : middle]), self._decode(self._ids[middle:])
         if right and left + right == window and self._shown >= len(left):

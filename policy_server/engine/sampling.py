@@ -47,7 +47,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One entry per row; a log-probability is None where it wasn't asked for, `valid` False where logits were not finite."""
+    """One entry per row; a log-probability is None where not asked for, `valid` False where logits were not finite."""
 
     token_ids: list[int]
     raw_logprobs: list[float | None]

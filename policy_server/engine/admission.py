@@ -1,0 +1,120 @@
+"""Which waiting request goes next, how many may wait, and how long the others should stay away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import insort
+from collections.abc import Callable, Iterator
+
+from policy_server.engine.generation import Generation, Row
+from rlhf import failures
+
+_SMOOTHING = 0.1
+_SHORTEST_RETRY, _LONGEST_RETRY = 0.1, 30.0  # seconds
+
+
+class QueueLimit:
+    """Counts requests that wait for their first forward; used by the event loop and the engine's thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._seconds_per_request = 0.1
+        self._last_departure: float | None = None
+
+    def enter(self) -> None:
+        """Raise overloaded when the queue is full."""
+        with self._lock:
+            if self._waiting >= self._limit:
+                seconds = min(max(self._seconds_per_request, _SHORTEST_RETRY), _LONGEST_RETRY)
+                raise failures.overloaded(f"{self._waiting} requests are waiting already", seconds)
+            self._waiting += 1
+
+    def leave(self) -> None:
+        """One request less waits; the pace at which they leave is how soon a place is free again."""
+        with self._lock:
+            self._waiting -= 1
+            now = time.monotonic()
+            if self._last_departure is not None and self._waiting:
+                self._seconds_per_request += _SMOOTHING * (now - self._last_departure - self._seconds_per_request)
+            self._last_departure = now if self._waiting else None
+
+
+class WaitingGenerations:
+    """Requests with completions that have no row yet, by priority and then arrival."""
+
+    def __init__(self) -> None:
+        self._ordered: list[Generation] = []
+
+    def __iter__(self) -> Iterator[Generation]:
+        return iter(list(self._ordered))
+
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    def add(self, generation: Generation) -> None:
+        """Put it at its place."""
+        insort(self._ordered, generation, key=lambda each: (each.request.priority, each.arrival))
+
+    def drop_done(self) -> None:
+        """Forget requests that wait no longer."""
+        self._ordered = [each for each in self._ordered if each.waiting]
+
+
+class RowChooser:
+    """Chooses the rows that join next. All rows chosen at once run through one prefill, so they are of one model."""
+
+    def __init__(self, *, max_rows: int, max_prefill_tokens: int, one_request_per_batch: bool) -> None:
+        self._max_rows = max_rows
+        self._max_prefill_tokens = max_prefill_tokens
+        self._one_request_per_batch = one_request_per_batch
+
+    def resuming(self, rows: list[Row], *, running: int) -> list[Row]:
+        """Take rows, out of `rows`, whose cache has to be computed again; they were running, so they go first."""
+        chosen: list[Row] = []
+        for row in rows:
+            if len(chosen) == self._max_rows - running or not self._goes_with(row, chosen):
+                break
+            chosen.append(row)
+        del rows[: len(chosen)]
+        return chosen
+
+    def waiting(
+        self,
+        waiting: WaitingGenerations,
+        make_row: Callable[[Generation], Row],
+        *,
+        running: int,
+        started_only: bool,
+    ) -> list[Row]:
+        """Make rows for the completions that go next, as many as there is room for."""
+        chosen: list[Row] = []
+        free = self._max_rows - running
+        for generation in waiting:
+            if started_only and not generation.admitted:
+                continue
+            if self._one_request_per_batch and free < min(generation.waiting, self._max_rows):
+                break  # the composition of its batches must not depend on what else runs
+            while generation.waiting and len(chosen) < free:
+                row = make_row(generation)
+                if not self._goes_with(row, chosen):
+                    return chosen
+                chosen.append(row)
+                generation.admitted += 1
+            if len(chosen) == free:
+                break
+        return chosen
+
+    def _goes_with(self, row: Row, chosen: list[Row]) -> bool:
+        if not chosen:
+            return True
+        first = chosen[0]
+        if row.model is not first.model:
+            return False
+        if self._one_request_per_batch:
+            return row.generation is first.generation
+        starts = {id(each.generation) if each.fresh else id(each) for each in (*chosen, row)}
+        longest = max(each.length for each in (*chosen, row))
+        return len(starts) * longest <= self._max_prefill_tokens

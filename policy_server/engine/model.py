@@ -1,0 +1,78 @@
+"""A loaded causal language model, called the same way whatever its architecture."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from policy_server.engine.protocol import WeightsVersion
+
+_FALLBACK_CONTEXT = 2048  # for models without positions to run out of (ALiBi and the like)
+
+
+class ServedModel:
+    """A model under its name on the wire, with the version of its weights.
+
+    Raises ValueError for a model that can't continue from a key-value cache.
+    """
+
+    def __init__(
+        self, name: str, module: PreTrainedModel, *, weights_digest: str, max_context_tokens: int | None = None
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.weights_digest = weights_digest
+        self.version = WeightsVersion()
+        self.device: torch.device = module.device
+        self.dtype: torch.dtype = module.dtype
+        accepted = inspect.signature(module.forward).parameters
+        if "past_key_values" not in accepted:
+            raise ValueError(f"{type(module).__name__} has no key-value cache (past_key_values); it can't be served")
+        self._takes_positions = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        config = module.config.get_text_config(decoder=True)
+        own_limit = getattr(config, "max_position_embeddings", None)
+        limits = [limit for limit in (own_limit, max_context_tokens) if limit is not None]
+        self.max_context_tokens: int = min(limits, default=_FALLBACK_CONTEXT)
+        self.eos_token_ids = _eos_token_ids(module, config)
+        with torch.inference_mode():
+            probe = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+            self.vocab_size: int = self.logits(probe, torch.ones_like(probe), keep=1).shape[-1]
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the shape that the model's layers want."""
+        return DynamicCache(config=self.module.config)
+
+    def logits(self, token_ids: Tensor, mask: Tensor, *, keep: int, cache: Cache | None = None) -> Tensor:
+        """Run token_ids [rows, new] and return the logits of the last `keep` of them: [rows, keep, vocab].
+
+        mask: int64 [rows, cached + new], 1 = token, 0 = padding. Positions count tokens only, wherever padding is.
+        """
+        arguments = self.inputs(token_ids, mask)
+        if self._takes_logits_to_keep:
+            arguments["logits_to_keep"] = keep
+        logits: Tensor = self.module(**arguments, past_key_values=cache, use_cache=cache is not None).logits
+        return logits[:, -keep:]
+
+    def inputs(self, token_ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """The arguments of a forward, with position_ids where the architecture has them."""
+        arguments: dict[str, Any] = {"input_ids": token_ids, "attention_mask": mask}
+        if self._takes_positions:
+            positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            arguments["position_ids"] = positions[:, -token_ids.shape[-1] :]
+        return arguments
+
+
+def _eos_token_ids(module: PreTrainedModel, config: Any) -> tuple[int, ...]:
+    """Every id that either of the model's configurations calls EOS."""
+    found: set[int] = set()
+    for source in (module.generation_config, config):
+        value = getattr(source, "eos_token_id", None)
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return tuple(sorted(found))

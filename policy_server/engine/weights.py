@@ -1,0 +1,67 @@
+"""The parameters of a live model: their names, and how new values get into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from policy_server.engine.protocol import ParameterSpec
+from rlhf import failures
+
+ALIGNMENT = 64  # bytes; vectorised kernels take other paths, with other last bits, on other alignments
+
+
+class ParameterTable:
+    """Every parameter by every name it has; tied names share one entry's memory."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        first_names: dict[int, str] = {}
+        specs = []
+        for name, parameter in self._parameters.items():
+            first = first_names.setdefault(id(parameter), name)
+            specs.append(ParameterSpec(name, tuple(parameter.shape), tied_to=None if first == name else first))
+        self.specs: Sequence[ParameterSpec] = tuple(specs)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise invalid_arguments for unknown names, wrong shapes, and tied names sent with different values."""
+        violations = []
+        sent: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                violations.append(failures.FieldViolation(f"tensors[{name}]", "is no parameter of the model"))
+                continue
+            if tensor.shape != parameter.shape:
+                description = f"has shape {list(tensor.shape)}; the model's is {list(parameter.shape)}"
+                violations.append(failures.FieldViolation(f"tensors[{name}]", description))
+                continue
+            twin = sent.setdefault(id(parameter), name)
+            if twin != name and not torch.equal(tensor.to(parameter.dtype), tensors[twin].to(parameter.dtype)):
+                violations.append(failures.FieldViolation(f"tensors[{name}]", f"is tied to {twin} but not equal to it"))
+        if violations:
+            raise failures.invalid_arguments(violations)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy checked tensors into the existing parameters, cast to their dtype; those not named keep their values."""
+        for name, tensor in tensors.items():
+            parameter = self._parameters[name]
+            # Cast where the tensor is: then the copy allocates nothing on the device and can't fail half-way.
+            parameter.data.copy_(tensor.to(parameter.dtype))
+
+
+def rehouse(module: nn.Module) -> None:
+    """Move every parameter and buffer to fresh memory on its device, tied ones together, and freeze them.
+
+    Loaders map files into memory at any alignment, and kernels round differently on different alignments; fresh memory
+    is always aligned, so results are a function of the values.
+    """
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        if parameter.data_ptr() % ALIGNMENT:
+            raise RuntimeError(f"the allocator gave memory that is not aligned to {ALIGNMENT} bytes")
+    for buffer in module.buffers():
+        buffer.data = buffer.data.clone()

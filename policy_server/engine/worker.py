@@ -1,0 +1,397 @@
+"""The engine's thread: it alone touches the models, and does one thing after another.
+
+A round is: what callers ask for, a swap if one is due, rows that join, one token for every running row, one
+micro-batch of scores. So nothing starves, and a cancellation or a swap waits for one decode step at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rlhf.failures import RpcFailure
+from torch import Tensor
+
+from policy_server.engine.admission import QueueLimit, RowChooser, WaitingGenerations
+from policy_server.engine.decoding import Cohort, prefill, prefill_tokens
+from policy_server.engine.detokenize import TokenDecoder
+from policy_server.engine.generation import Generation, Row
+from policy_server.engine.jobs import ScoringJob, SwapJob
+from policy_server.engine.mailbox import Mailbox, Outbox
+from policy_server.engine.model import ServedModel
+from policy_server.engine.observer import EngineObserver, Phase
+from policy_server.engine.protocol import InFlight
+from policy_server.engine.sampling import draw
+from policy_server.engine.scoring import Scorer
+from policy_server.engine.versions import check_precondition, check_swap
+from policy_server.engine.weights import ParameterTable
+from rlhf import failures
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one round may hold: rows over all batches, padded tokens of one prefill or scoring forward."""
+
+    max_batch_rows: int
+    max_forward_tokens: int
+    reproducible: bool
+
+
+class EngineWorker:
+    """State and rounds of the engine's thread. All methods but `run` are tasks: they run between two rounds."""
+
+    def __init__(
+        self,
+        *,
+        policy: ServedModel,
+        parameters: ParameterTable,
+        scorers: Mapping[str, Scorer],
+        decoder: TokenDecoder,
+        limits: Limits,
+        queue: QueueLimit,
+        observer: EngineObserver,
+        mailbox: Mailbox,
+        outbox: Outbox,
+    ) -> None:
+        self._policy = policy
+        self._parameters = parameters
+        self._scorers = scorers
+        self._decoder = decoder
+        self._limits = limits
+        self._queue = queue
+        self._observer = observer
+        self._mailbox = mailbox
+        self._outbox = outbox
+        self._chooser = RowChooser(
+            max_rows=limits.max_batch_rows,
+            max_prefill_tokens=limits.max_forward_tokens,
+            one_request_per_batch=limits.reproducible,
+        )
+        self._models: dict[int, ServedModel] = {}  # by id(generation), while it is open
+        self._open: dict[int, Generation] = {}
+        self._waiting = WaitingGenerations()
+        self._resuming: list[Row] = []
+        self._cohorts: list[Cohort] = []
+        self._scorings: deque[ScoringJob] = deque()
+        self._swaps: deque[SwapJob] = deque()
+        self._stop_at: float | None = None
+        self._running_shown = 0
+
+    # Tasks
+
+    def submit(self, generation: Generation, model: ServedModel) -> None:
+        """Take in a request whose place in the queue is already counted."""
+        try:
+            check_precondition(generation.request.weights, model.version)
+        except RpcFailure as failure:
+            self._queue.leave()
+            self._end(generation, failure)
+            return
+        self._open[id(generation)] = generation
+        self._models[id(generation)] = model
+        self._waiting.add(generation)
+
+    def cancel(self, generation: Generation) -> None:
+        """Free everything a request holds."""
+        if id(generation) in self._open:
+            self._observer.cancelled(completions=generation.unfinished)
+            self._end(generation, None)
+
+    def cancel_named(self, request_id: str) -> None:
+        """Cancel every request of that name; each caller gets an orderly end of stream without a finish reason."""
+        for generation in list(self._open.values()):
+            if generation.request.request_id == request_id:
+                self.cancel(generation)
+
+    def score(self, job: ScoringJob) -> None:
+        """Take in a scoring request whose place in the queue is already counted."""
+        try:
+            check_precondition(job.request.weights, job.model.version)
+        except RpcFailure as failure:
+            self._queue.leave()
+            self._outbox.resolve(job.future, failure)
+            return
+        self._scorings.append(job)
+
+    def swap(self, job: SwapJob) -> None:
+        """Take in new weights; swaps happen in the order in which they came."""
+        self._swaps.append(job)
+
+    def stop(self, finish_within: float) -> None:
+        """Leave when nothing is left to do, or after `finish_within` seconds."""
+        self._stop_at = time.monotonic() + finish_within
+
+    # The thread
+
+    def run(self, threads: int) -> None:
+        """Work until stopped; what goes wrong in a round fails those it was for, never the thread."""
+        torch.set_num_threads(threads)  # OpenMP counts per thread that starts parallel work
+        with torch.inference_mode():
+            while not self._stopping():
+                try:
+                    self._round()
+                except Exception as error:
+                    _log.exception("The engine failed in a round")
+                    self._fail_everything(_translated(error))
+                self._outbox.flush()
+            self._fail_everything(failures.unavailable("the server is stopping"))
+            self._outbox.flush()
+
+    def _stopping(self) -> bool:
+        return self._stop_at is not None and (not self._busy() or time.monotonic() >= self._stop_at)
+
+    def _busy(self) -> bool:
+        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or self._swaps)
+
+    def _round(self) -> None:
+        for task in self._mailbox.take(wait=not self._busy() and self._stop_at is None):
+            task()
+        self._waiting.drop_done()
+        self._swap_if_due()
+        self._admit()
+        for cohort in list(self._cohorts):
+            self._step(cohort)
+            self._outbox.flush()
+        self._prune()
+        self._score_one()
+        self._show_load()
+
+    # Generation
+
+    def _admit(self) -> None:
+        running = sum(len(cohort.rows) for cohort in self._cohorts)
+        rows = self._chooser.resuming(self._resuming, running=running)
+        if not rows:
+            rows = self._chooser.waiting(
+                self._waiting,
+                self._make_row,
+                running=running,
+                # A swap that waits for what runs lets nothing new start.
+                started_only=bool(self._swaps) and self._swaps[0].in_flight is InFlight.WAIT,
+            )
+        self._waiting.drop_done()
+        for row in rows:
+            if row.index == 0 and row.fresh:
+                self._queue.leave()
+            if not row.live:
+                self._deliver(row)
+        rows = [row for row in rows if row.live]
+        if not rows:
+            return
+        try:
+            cohort, logits = prefill(rows[0].model, rows)
+            self._sample(cohort, logits)
+        except Exception as error:
+            self._fail_rows(rows, error)
+            return
+        self._observer.tokens(Phase.PREFILL, prefill_tokens(rows))
+        cohort.drop_dead_rows()
+        if not cohort.rows:
+            return
+        host = None if self._limits.reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
+        if host is None:
+            self._cohorts.append(cohort)
+        else:
+            host.absorb(cohort)
+
+    def _make_row(self, generation: Generation) -> Row:
+        return Row(generation, generation.admitted, self._models[id(generation)], self._decoder)
+
+    def _step(self, cohort: Cohort) -> None:
+        started = time.perf_counter()
+        rows = list(cohort.rows)
+        try:
+            self._sample(cohort, cohort.step())
+            cohort.drop_dead_rows()
+        except Exception as error:
+            self._fail_rows(rows, error)
+            cohort.rows.clear()
+            return
+        self._observer.decode_step(seconds=time.perf_counter() - started, rows=len(rows))
+        self._observer.tokens(Phase.DECODE, len(rows))
+
+    def _sample(self, cohort: Cohort, logits: Tensor) -> None:
+        if self._limits.reproducible:
+            logits = logits.cpu()  # a sum over the vocabulary has no deterministic CUDA kernel
+        drawn = draw(logits, [row.draw() for row in cohort.rows])
+        for index, row in enumerate(cohort.rows):
+            if not row.live:
+                continue
+            if not drawn.valid[index]:
+                self._end(row.generation, failures.internal("the model's logits are not finite"))
+                continue
+            row.accept(drawn.token_ids[index], drawn.raw_logprobs[index], drawn.processed_logprobs[index])
+            self._deliver(row)
+
+    def _deliver(self, row: Row) -> None:
+        delta = row.take_delta()
+        if delta is None:
+            return
+        generation = row.generation
+        self._outbox.put(partial(generation.deliver, delta))
+        if delta.finish_reason is not None:
+            self._observer.finished(delta.finish_reason)
+            generation.unfinished -= 1
+            if generation.unfinished == 0:
+                self._end(generation, None)
+
+    def _prune(self) -> None:
+        for cohort in self._cohorts:
+            cohort.drop_dead_rows()
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        self._resuming = [row for row in self._resuming if row.live]
+
+    # Scores
+
+    def _score_one(self) -> None:
+        if not self._scorings:
+            return
+        job = self._scorings[0]
+        if job.cancelled:
+            self._leave_scoring(job)
+            return
+        batch = job.plan[job.finished]
+        try:
+            job.scores.update(self._scorers[job.model.name].score(job.request, batch))
+        except Exception as error:
+            _log.exception("A scoring micro-batch failed")
+            self._leave_scoring(job, _translated(error))
+            return
+        lengths = (
+            len(prompt) + len(completion)
+            for prompt, completion in map(job.request.sequences.__getitem__, batch.sequences)
+        )
+        self._observer.tokens(Phase.SCORE, sum(lengths))
+        job.finished += 1
+        if job.finished == len(job.plan):
+            self._outbox.resolve(job.future, job.result())
+            self._leave_scoring(job)
+
+    def _leave_scoring(self, job: ScoringJob, failure: RpcFailure | None = None) -> None:
+        self._scorings.remove(job)
+        self._queue.leave()
+        if failure is not None:
+            self._outbox.resolve(job.future, failure)
+
+    # Swaps
+
+    def _swap_if_due(self) -> None:
+        while self._swaps:
+            job = self._swaps[0]
+            if not job.cancelled and job.in_flight is InFlight.WAIT and self._policy_runs():
+                return
+            self._swaps.popleft()
+            if not job.cancelled:
+                self._swap(job)
+
+    def _policy_runs(self) -> bool:
+        return any(generation.admitted for key, generation in self._open.items() if self._models[key] is self._policy)
+
+    def _swap(self, job: SwapJob) -> None:
+        started = time.perf_counter()
+        try:
+            check_swap(job.version, self._policy.version, job.if_current)
+            self._parameters.check(job.tensors)
+        except RpcFailure as failure:
+            self._outbox.resolve(job.future, failure)
+            return
+        self._parameters.load(job.tensors)
+        self._policy.version = job.version
+        self._after_swap(job.in_flight)
+        self._observer.swapped(job.in_flight, seconds=time.perf_counter() - started)
+        self._outbox.resolve(job.future, job.version)
+
+    def _after_swap(self, in_flight: InFlight) -> None:
+        running = [cohort for cohort in self._cohorts if cohort.model is self._policy]
+        rows = [row for cohort in running for row in cohort.rows]
+        rows += [row for row in self._resuming if row.model is self._policy]
+        if in_flight is InFlight.RECOMPUTE:
+            self._cohorts = [cohort for cohort in self._cohorts if cohort not in running]
+            self._resuming = [*(row for row in self._resuming if row.model is not self._policy), *rows]
+        elif in_flight is InFlight.ABORT:
+            self._abort(rows)
+        for key, generation in list(self._open.items()):
+            if self._models[key] is self._policy:
+                self._recheck(generation, [row for row in rows if row.generation is generation and row.live])
+        self._prune()
+        for job in [each for each in self._scorings if each.model is self._policy]:
+            try:
+                check_precondition(job.request.weights, self._policy.version)
+            except RpcFailure as failure:
+                self._leave_scoring(job, failure)
+            job.restart()
+
+    def _recheck(self, generation: Generation, rows: Sequence[Row]) -> None:
+        """End what the new weights may not go on with: by its tokens as they are, or by the failure if it has none."""
+        try:
+            check_precondition(generation.request.weights, self._policy.version)
+        except RpcFailure as failure:
+            if not generation.sampled:
+                self._end(generation, failure)
+                return
+            unmade = []
+            while generation.waiting:
+                unmade.append(self._make_row(generation))
+                generation.admitted += 1
+            self._abort([*rows, *unmade])
+
+    def _abort(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.abort()
+            self._deliver(row)
+
+    # Ends
+
+    def _end(self, generation: Generation, failure: RpcFailure | None) -> None:
+        """End a request's stream; its rows are dropped at the next prune."""
+        if generation.closed:
+            return
+        if id(generation) in self._open and generation.admitted == 0:
+            self._queue.leave()
+        generation.closed = True
+        self._open.pop(id(generation), None)
+        self._models.pop(id(generation), None)
+        self._outbox.put(partial(generation.deliver, failure))
+
+    def _fail_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        _log.error("A forward for %d completions failed", len(rows), exc_info=error)
+        failure = _translated(error)
+        for row in rows:
+            self._end(row.generation, failure)
+
+    def _fail_everything(self, failure: RpcFailure) -> None:
+        for task in self._mailbox.take(wait=False):
+            task()
+        for generation in list(self._open.values()):
+            self._end(generation, failure)
+        for job in list(self._scorings):
+            self._leave_scoring(job, failure)
+        for swap in self._swaps:
+            self._outbox.resolve(swap.future, failure)
+        self._swaps.clear()
+        self._cohorts.clear()
+        self._resuming.clear()
+        self._waiting.drop_done()
+        self._show_load()
+
+    def _show_load(self) -> None:
+        generations = sum(generation.admitted == 0 for generation in self._waiting)
+        self._observer.queued(generations=generations, scorings=len(self._scorings))
+        self._observer.running(rows=sum(len(cohort.rows) for cohort in self._cohorts))
+
+
+def _translated(error: Exception) -> RpcFailure:
+    if isinstance(error, RpcFailure):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return failures.overloaded("out of memory in a forward", 1.0)
+    return failures.internal(f"{type(error).__name__} in the engine")
