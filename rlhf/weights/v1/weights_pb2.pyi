@@ -135,15 +135,19 @@ class GetWeightsRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., update_id: _Optional[str] = ...) -> None: ...
 
 class GetWeightsResponse(_message.Message):
-    __slots__ = ("live", "state", "in_place", "max_parts", "server_instance_id")
+    __slots__ = ("live", "state", "in_place", "max_parts", "server_instance_id", "max_staging_bytes", "features")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     MAX_PARTS_FIELD_NUMBER: _ClassVar[int]
     SERVER_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     live: _policy_pb2.WeightsVersion
     state: UpdateState
     in_place: bool
     max_parts: int
     server_instance_id: str
-    def __init__(self, live: _Optional[_Union[_policy_pb2.WeightsVersion, _Mapping]] = ..., state: _Optional[_Union[UpdateState, str]] = ..., in_place: _Optional[bool] = ..., max_parts: _Optional[int] = ..., server_instance_id: _Optional[str] = ...) -> None: ...
+    max_staging_bytes: int
+    features: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, live: _Optional[_Union[_policy_pb2.WeightsVersion, _Mapping]] = ..., state: _Optional[_Union[UpdateState, str]] = ..., in_place: _Optional[bool] = ..., max_parts: _Optional[int] = ..., server_instance_id: _Optional[str] = ..., max_staging_bytes: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ...) -> None: ...
