@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.utils.deterministic as deterministic
 from rlhf.fingerprints import weights_digest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,12 +57,13 @@ def make_deterministic() -> None:
     """Make torch choose kernels whose results don't depend on timing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property that stubs don't show
     torch.backends.cudnn.benchmark = False
 
 
 def _load(source: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    module.eval().to(device)
+    module.train(False)
+    torch.nn.Module.to(module, device)
     rehouse(module)
     return module

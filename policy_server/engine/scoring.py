@@ -87,7 +87,7 @@ class Scorer:
 
     def _head(self, hidden_rows: Tensor) -> Iterator[Tensor]:
         size = max(_MOST_LOGITS // self._model.vocab_size, 1)
-        for piece in hidden_rows.split(size):
+        for piece in torch.split(hidden_rows, size):
             yield _logits_of(self._model, piece)
 
     def _whole(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[Tensor]:
