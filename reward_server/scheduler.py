@@ -1,0 +1,177 @@
+"""Between the calls that arrive and the reward that judges: queueing, batching, sharing and giving up.
+
+A sample is computed once however many calls wait for it, and not at all when nobody waits any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reward_server import metrics
+from reward_server.kinds import RewardKind, Sample
+from reward_server.memory import OutcomeMemory, SampleKey
+from reward_server.results import Failed, FailureCode, Outcome
+from rlhf import failures
+
+SAMPLE_ID_CLASH = Failed(
+    FailureCode.SAMPLE_ID_CLASH,
+    "this sample_id named other content before; put a hash of prompt and completion into it",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample on its way through the server; `fingerprint` tells whether two of one key have the same content."""
+
+    key: SampleKey
+    fingerprint: bytes
+    sample: Sample
+
+
+@dataclass(eq=False)
+class _Job:
+    entry: Entry
+    outcome: asyncio.Future[Outcome]
+    batch: _Batch | None = None
+    waiting_calls: int = 0
+
+
+@dataclass(eq=False)
+class _Batch:
+    jobs: list[_Job]
+    task: asyncio.Task[None] | None = None
+    started: bool = False
+
+    def abandoned(self) -> bool:
+        return not any(job.waiting_calls for job in self.jobs)
+
+
+class Scheduler:
+    """Runs a reward over batches of at most `batch_size` samples, at most `reward.concurrency` batches at a time.
+
+    At most `max_queue_samples` samples wait or run; beyond that a call is refused at once with RESOURCE_EXHAUSTED
+    and an estimate of when to come back. A call larger than the whole queue is let in when the queue is empty.
+    """
+
+    def __init__(self, reward: RewardKind, *, batch_size: int, max_queue_samples: int, memory: OutcomeMemory) -> None:
+        self._reward = reward
+        self._batch_size = batch_size
+        self._max_queue_samples = max_queue_samples
+        self._memory = memory
+        self._slots = asyncio.Semaphore(reward.concurrency)
+        self._jobs: dict[SampleKey, _Job] = {}
+        self._batches: set[_Batch] = set()
+        self._seconds_per_sample = 0.01
+
+    async def score(self, entries: Sequence[Entry]) -> list[Outcome]:
+        """One outcome per entry, in order. Raises RpcFailure (overloaded) when the queue is full."""
+        answers: list[Outcome | _Job] = []
+        fresh: list[_Job] = []
+        for entry in entries:
+            answer = self._known(entry)
+            if answer is None:
+                answer = _Job(entry, asyncio.get_running_loop().create_future())
+                fresh.append(answer)
+            answers.append(answer)
+        self._admit(fresh)
+        jobs = [answer for answer in answers if isinstance(answer, _Job)]
+        for job in jobs:
+            job.waiting_calls += 1
+        try:
+            # asyncio.wait does not cancel the futures when this call is cancelled: others may wait for them too.
+            if jobs:
+                await asyncio.wait([job.outcome for job in jobs])
+        finally:
+            for job in jobs:
+                job.waiting_calls -= 1
+                if not job.waiting_calls and not job.outcome.done():
+                    self._give_up(job)
+        return [answer.outcome.result() if isinstance(answer, _Job) else answer for answer in answers]
+
+    def _known(self, entry: Entry) -> Outcome | _Job | None:
+        remembered = self._memory.recall(entry.key)
+        if remembered is not None:
+            metrics.SAMPLES_REPEATED.inc()
+            fingerprint, outcome = remembered
+            return outcome if fingerprint == entry.fingerprint else SAMPLE_ID_CLASH
+        job = self._jobs.get(entry.key)
+        if job is not None:
+            metrics.SAMPLES_REPEATED.inc()
+            return job if job.entry.fingerprint == entry.fingerprint else SAMPLE_ID_CLASH
+        return None
+
+    def _admit(self, fresh: Sequence[_Job]) -> None:
+        if self._jobs and len(self._jobs) + len(fresh) > self._max_queue_samples:
+            wait = len(self._jobs) * self._seconds_per_sample / self._reward.concurrency
+            raise failures.overloaded(
+                f"{len(self._jobs)} samples wait already; the queue holds {self._max_queue_samples}",
+                retry_after=min(max(wait, 0.1), 30.0),
+            )
+        for job in fresh:
+            self._jobs[job.entry.key] = job
+        metrics.QUEUE_SAMPLES.set(len(self._jobs))
+        for first in range(0, len(fresh), self._batch_size):
+            batch = _Batch(list(fresh[first : first + self._batch_size]))
+            for job in batch.jobs:
+                job.batch = batch
+            batch.task = asyncio.create_task(self._run(batch))
+            self._batches.add(batch)
+
+    def _give_up(self, job: _Job) -> None:
+        """Nobody waits for `job` any more: what has not begun is forgotten, what can be stopped is stopped."""
+        batch = job.batch
+        assert batch is not None
+        assert batch.task is not None
+        if not batch.started:
+            self._forget(job)
+        if batch.abandoned() and (not batch.started or self._reward.stoppable):
+            # Before the task ends, or a call that comes meanwhile would wait for a job that never finishes.
+            for other in batch.jobs:
+                self._forget(other)
+            batch.task.cancel()
+
+    def _forget(self, job: _Job) -> None:
+        # A newer job may stand under the same key by now.
+        if self._jobs.get(job.entry.key) is job:
+            del self._jobs[job.entry.key]
+        metrics.QUEUE_SAMPLES.set(len(self._jobs))
+
+    async def _run(self, batch: _Batch) -> None:
+        try:
+            async with self._slots:
+                batch.jobs = [job for job in batch.jobs if job.waiting_calls]
+                batch.started = True
+                outcomes = await self._judge([job.entry.sample for job in batch.jobs])
+            for job, outcome in zip(batch.jobs, outcomes, strict=True):
+                metrics.observe_outcome(outcome)
+                self._memory.remember(job.entry.key, job.entry.fingerprint, outcome)
+                job.outcome.set_result(outcome)
+            metrics.REMEMBERED_SAMPLES.set(len(self._memory))
+        except asyncio.CancelledError:
+            # _give_up cancels only what nobody waits for; the rest is the process ending, or the reward itself.
+            self._fail(batch, failures.unavailable("the reward was cancelled"))
+        except Exception as error:
+            self._fail(batch, error)
+        finally:
+            for job in batch.jobs:
+                self._forget(job)
+            self._batches.discard(batch)
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        for job in batch.jobs:
+            if job.waiting_calls:
+                job.outcome.set_exception(error)
+
+    async def _judge(self, samples: Sequence[Sample]) -> list[Outcome]:
+        metrics.BATCH_SAMPLES.observe(len(samples))
+        began = time.perf_counter()
+        with metrics.RUNNING_BATCHES.track_inprogress():
+            outcomes = await self._reward.score(samples)
+        seconds = time.perf_counter() - began
+        metrics.BATCH_SECONDS.observe(seconds)
+        # A moving average is enough to tell a refused client when to come back.
+        self._seconds_per_sample += 0.2 * (seconds / len(samples) - self._seconds_per_sample)
+        return outcomes

@@ -1,0 +1,71 @@
+"""The reward server's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field
+from pydantic_settings import NoDecode, SettingsConfigDict
+from rlhf.config import ServerSettings
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping, or YAML text (and so JSON) that holds one."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"neither JSON nor YAML: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError('a mapping is needed, such as \'{"pattern": "great"}\'')
+    return parsed
+
+
+class RewardSettings(ServerSettings):
+    """One reward, and how it is called."""
+
+    model_config = SettingsConfigDict(env_prefix="RLHF_REWARD_", extra="forbid")
+
+    reward: str = Field(
+        description="What scores: module:function, path/file.py:function, or a built-in (vader, length, regex)"
+    )
+    reward_options: Annotated[dict[str, Any], NoDecode, BeforeValidator(_mapping)] = Field(
+        default_factory=dict, description="Options of the reward, as a JSON or YAML mapping"
+    )
+    reward_version: str = Field(
+        default="",
+        description="Version told to trainers, which pin it for a run; unset: made from source and options",
+    )
+    reward_threads: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="Calls at once of a function that is not async",
+        json_schema_extra={"unit": "threads"},
+    )
+    batch_size: int = Field(
+        default=64, ge=1, description="Most samples in one call of the function", json_schema_extra={"unit": "samples"}
+    )
+    max_samples: int = Field(
+        default=256, ge=1, le=65536, description="Most samples in one Score call", json_schema_extra={"unit": "samples"}
+    )
+    max_concurrent_calls: int = Field(
+        default=8,
+        ge=1,
+        description="Score calls at once that a client is told to keep to; also calls at once of an async function",
+        json_schema_extra={"unit": "calls"},
+    )
+    max_queue_samples: int = Field(
+        default=4096,
+        ge=1,
+        description="Samples that wait or run; beyond them calls are refused with a time to come back",
+        json_schema_extra={"unit": "samples"},
+    )
+    remember_samples: int = Field(
+        default=65536,
+        ge=0,
+        description="Final outcomes kept, so that a repeated call gets the first answer",
+        json_schema_extra={"unit": "samples"},
+    )

@@ -1,0 +1,55 @@
+"""What a Score request must be, as reward.proto promises it; everything here is the caller's mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.failures import FieldViolation
+
+from rlhf import failures
+from rlhf.reward.v1 import reward_pb2
+
+# Enough to see the pattern; the status details must stay small.
+_MOST_VIOLATIONS = 8
+
+
+def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int) -> None:
+    """Raises RpcFailure (INVALID_ARGUMENT, with a field path for each mistake) unless the request is well formed."""
+    violations = []
+    for violation in _violations(request, max_samples):
+        violations.append(violation)
+        if len(violations) == _MOST_VIOLATIONS:
+            break
+    if violations:
+        raise failures.invalid_arguments(violations)
+
+
+def _violations(request: reward_pb2.ScoreRequest, max_samples: int) -> Iterator[FieldViolation]:
+    if not request.run_id:
+        yield FieldViolation("run_id", "required")
+    if not request.samples:
+        yield FieldViolation("samples", "at least one sample is required")
+    if len(request.samples) > max_samples:
+        yield FieldViolation("samples", f"{len(request.samples)} samples; max_samples is {max_samples}")
+        return
+    first_index: dict[str, int] = {}
+    for index, sample in enumerate(request.samples):
+        path = f"samples[{index}]"
+        if not sample.sample_id:
+            yield FieldViolation(f"{path}.sample_id", "required")
+        elif sample.sample_id in first_index:
+            yield FieldViolation(f"{path}.sample_id", f"the same as samples[{first_index[sample.sample_id]}].sample_id")
+        else:
+            first_index[sample.sample_id] = index
+        if not sample.group_id:
+            yield FieldViolation(f"{path}.group_id", "required")
+        yield from _range_violations(f"{path}.sampled_ranges", sample)
+
+
+def _range_violations(path: str, sample: reward_pb2.Sample) -> Iterator[FieldViolation]:
+    count = len(sample.completion_token_ids)
+    for index, token_range in enumerate(sample.sampled_ranges):
+        if token_range.past_last <= token_range.first:
+            yield FieldViolation(f"{path}[{index}].past_last", f"must be above first, {token_range.first}")
+        elif token_range.past_last > count:
+            yield FieldViolation(f"{path}[{index}].past_last", f"beyond the {count} completion_token_ids")

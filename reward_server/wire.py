@@ -1,0 +1,80 @@
+"""Between the contract's messages and the reward's own types."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from reward_server.kinds import Sample
+from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, Scored
+from rlhf.reward.v1 import reward_pb2
+
+_MAX_TEXT_BYTES = 1024
+
+
+def fingerprint(sample: reward_pb2.Sample, json_keys: Collection[str]) -> bytes:
+    """A digest of all that a score may depend on: the sample, and which of its metadata is JSON."""
+    digest = hashlib.sha256(sample.SerializeToString(deterministic=True))
+    digest.update(json.dumps(sorted(key for key in sample.metadata if key in json_keys)).encode())
+    return digest.digest()
+
+
+def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Failed:
+    """The sample as a reward sees it, or why this server cannot judge it."""
+    metadata: dict[str, Any] = {}
+    for key, text in sample.metadata.items():
+        try:
+            value = json.loads(text) if key in json_keys else text
+        except ValueError as error:
+            return Failed(FailureCode.INVALID_METADATA, f"the column {key!r} is not JSON: {error}")
+        if value is not None:
+            metadata[key] = value
+    messages = []
+    for index, message in enumerate(sample.messages):
+        if any(part.WhichOneof("kind") is None for part in message.parts):
+            return Failed(FailureCode.UNKNOWN_CONTENT, f"messages[{index}] has a part of a kind unknown here")
+        try:
+            extra = json.loads(message.extra_json) if message.extra_json else {}
+        except ValueError as error:
+            return Failed(FailureCode.INVALID_METADATA, f"messages[{index}].extra_json is not JSON: {error}")
+        if not isinstance(extra, Mapping):
+            return Failed(FailureCode.INVALID_METADATA, f"messages[{index}].extra_json is not a JSON object")
+        messages.append({**extra, "role": message.role, "content": "".join(part.text for part in message.parts)})
+    return Sample(
+        prompt=sample.prompt,
+        completion=sample.completion,
+        completion_ids=tuple(sample.completion_token_ids),
+        metadata=metadata,
+        messages=messages,
+        sampled_ranges=[(item.first, item.past_last) for item in sample.sampled_ranges],
+    )
+
+
+def encode(sample_id: str, outcome: Outcome) -> reward_pb2.SampleResult:
+    """The outcome as the contract sends it."""
+    result = reward_pb2.SampleResult(sample_id=sample_id)
+    match outcome:
+        case Scored():
+            result.scored.reward = outcome.reward
+            result.scored.components.update(outcome.components)
+            result.scored.token_rewards.extend(outcome.token_rewards)
+        case Abstained():
+            result.abstained.reason = _short(outcome.reason)
+        case Pending():
+            # Rounded up: a Duration holds whole nanoseconds, and 0 would not be a time to come back.
+            nanoseconds = max(1, round(outcome.retry_after * 1e9))
+            result.pending.retry_after.FromNanoseconds(nanoseconds)
+        case Failed():
+            result.failed.code = outcome.code.value
+            result.failed.message = _short(outcome.message)
+    return result
+
+
+def _short(text: str) -> str:
+    """`text` in at most 1 KiB of UTF-8, which cannot hold lone surrogates."""
+    encoded = text.encode("utf-8", errors="replace")
+    if len(encoded) <= _MAX_TEXT_BYTES:
+        return encoded.decode()
+    return encoded[: _MAX_TEXT_BYTES - 3].decode("utf-8", errors="ignore") + "…"
