@@ -1,0 +1,100 @@
+"""Builds the parts of a policy server from its settings and runs them."""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+
+import torch
+import transformers
+
+from policy_server.engine.batch import BatchEngine
+from policy_server.engine.loading import load_models
+from policy_server.metrics import MetricsObserver
+from policy_server.prompts import PromptEncoder
+from policy_server.readiness import Readiness
+from policy_server.service import Announcement, PolicyService
+from policy_server.settings import PolicySettings
+from policy_server.weights_service import WeightsService
+from rlhf.fingerprints import tokenizer_digest
+from rlhf.logs import get_logger
+from rlhf.policy.v1 import policy_pb2_grpc
+from rlhf.server import Server
+from rlhf.weights.v1 import weights_pb2_grpc
+
+POLICY_SERVICE = "rlhf.policy.v1.PolicyService"
+WEIGHTS_SERVICE = "rlhf.weights.v1.WeightsService"
+
+_log = get_logger(__name__)
+
+
+async def serve(settings: PolicySettings) -> None:
+    """Load, serve until SIGTERM or SIGINT, drain."""
+    server = Server(
+        "policy",
+        listen=settings.listen,
+        metrics_port=settings.metrics_port,
+        max_message_bytes=settings.max_message_bytes,
+        drain_seconds=settings.drain_seconds,
+        grace_seconds=settings.grace_seconds,
+        endpoint_file=settings.endpoint_file,
+    )
+    engine = await add_services(server, settings)
+    await server.start()
+    _log.info("serving", address=server.address, metrics=server.metrics_url, managed=settings.managed)
+    await server.run_until_signalled()
+    await engine.stop(finish_within=0.0)
+
+
+async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
+    """Load the models, start an engine over them, and put both services on `server`; returns the running engine."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    began = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()
+    models = load_models(
+        settings.model,
+        settings.reference,
+        dtype=getattr(torch, settings.dtype),
+        device=settings.device,
+        reproducible=settings.reproducible,
+    )
+    engine = BatchEngine(
+        models,
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_requests=settings.max_queue_requests,
+        max_context_tokens=settings.max_context_tokens,
+        score_tokens=settings.score_tokens,
+        reproducible=settings.reproducible,
+        observer=MetricsObserver(),
+    )
+    await engine.start()
+    _log.info("loaded", model=settings.model, seconds=round(time.perf_counter() - began, 1))
+
+    server.register(POLICY_SERVICE, serving=not settings.managed)
+    server.register(WEIGHTS_SERVICE, serving=True)
+    readiness = Readiness(
+        partial(server.set_serving, POLICY_SERVICE),
+        waiting_for="a trainer to publish its weights (UpdateWeights)" if settings.managed else None,
+    )
+    policy_service = PolicyService(
+        engine,
+        PromptEncoder(models.tokenizer),
+        announcement=Announcement(
+            tokenizer_digest=tokenizer_digest(models.tokenizer),
+            max_message_bytes=settings.max_message_bytes,
+            default_max_new_tokens=settings.default_max_new_tokens,
+        ),
+        readiness=readiness,
+    )
+    weights_service = WeightsService(
+        engine,
+        readiness=readiness,
+        weights_root=settings.weights_root,
+        max_staging_bytes=settings.max_staging_bytes
+        or sum(math.prod(parameter.shape) * 4 for parameter in engine.parameters()),
+    )
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)
+    return engine

@@ -1,0 +1,215 @@
+"""PolicyService: what the contract promises to callers, over an engine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+import grpc
+
+from policy_server import metrics, validation
+from policy_server.engine import protocol
+from policy_server.prompts import PromptEncoder
+from policy_server.readiness import Readiness
+from rlhf.failures import internal
+from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+
+_FINISH_REASONS = {
+    protocol.FinishReason.EOS: policy_pb2.FINISH_REASON_EOS,
+    protocol.FinishReason.STOP: policy_pb2.FINISH_REASON_STOP,
+    protocol.FinishReason.LENGTH: policy_pb2.FINISH_REASON_LENGTH,
+    protocol.FinishReason.ABORTED: policy_pb2.FINISH_REASON_ABORTED,
+}
+_SEEDS = 1 << 64
+WHOLE_COMPLETIONS = 1 << 32  # as a stream interval: more than any max_new_tokens
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What GetModel tells that the engine does not know."""
+
+    tokenizer_digest: str
+    max_message_bytes: int
+    default_max_new_tokens: int
+
+
+class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
+    """Generate, StreamGenerate, LogProbs, GetModel."""
+
+    def __init__(
+        self,
+        engine: protocol.Engine,
+        prompts: PromptEncoder,
+        *,
+        announcement: Announcement,
+        readiness: Readiness,
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._announcement = announcement
+        self._readiness = readiness
+        self._numbers = itertools.count(1)
+
+    async def Generate(  # noqa: N802 - the contract's name
+        self, request: policy_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.GenerateResponse:
+        """Complete one prompt n times."""
+        wanted = await self._wanted(
+            request, default_priority=protocol.Priority.BULK, stream_interval=WHOLE_COMPLETIONS, path=""
+        )
+        completions = [
+            policy_pb2.Completion(index=index, seed=(wanted.sampling.seed + index) % _SEEDS)
+            for index in range(wanted.sampling.n)
+        ]
+        texts: list[list[str]] = [[] for _ in completions]
+        async for delta in self._deltas(wanted, context):
+            _extend(completions[delta.index], delta)
+            texts[delta.index].append(delta.text)
+        for completion, pieces in zip(completions, texts, strict=True):
+            completion.text = "".join(pieces)
+        return policy_pb2.GenerateResponse(prompt_token_ids=wanted.prompt_token_ids, completions=completions)
+
+    async def StreamGenerate(  # noqa: N802
+        self, request: policy_pb2.StreamGenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[policy_pb2.StreamGenerateResponse]:
+        """Complete one prompt n times, as deltas."""
+        inner = validation.require_request(request)
+        wanted = await self._wanted(
+            inner,
+            default_priority=protocol.Priority.INTERACTIVE,
+            stream_interval=validation.stream_interval(request),
+            path="request.",
+        )
+        arrived = time.perf_counter()
+        prompt_token_ids: tuple[int, ...] = wanted.prompt_token_ids
+        async for delta in self._deltas(wanted, context):
+            if prompt_token_ids:
+                metrics.FIRST_MESSAGE_SECONDS.observe(time.perf_counter() - arrived)
+            completion = policy_pb2.Completion(
+                index=delta.index, text=delta.text, seed=(wanted.sampling.seed + delta.index) % _SEEDS
+            )
+            _extend(completion, delta)
+            yield policy_pb2.StreamGenerateResponse(delta=completion, prompt_token_ids=prompt_token_ids)
+            prompt_token_ids = ()
+
+    async def LogProbs(  # noqa: N802
+        self, request: policy_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.LogProbsResponse:
+        """Score given tokens."""
+        self._readiness.require()
+        limits = self._limits(request.model)
+        wanted = validation.scoring_request(request, limits, request_id=self._next_id())
+        scores = await self._engine.log_probs(wanted)
+        entropies: Iterable[list[float]] = scores.entropies if wanted.entropies else itertools.repeat([])
+        return policy_pb2.LogProbsResponse(
+            sequences=[
+                policy_pb2.SequenceLogProbs(logprobs=logprobs, entropies=of_tokens)
+                for logprobs, of_tokens in zip(scores.logprobs, entropies, strict=False)
+            ],
+            weights=wire_version(scores.weights),
+        )
+
+    async def GetModel(  # noqa: N802
+        self, request: policy_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.GetModelResponse:
+        """Describe a model; answers while not serving."""
+        known = self._engine.describe(validation.model_name(request.model))
+        return policy_pb2.GetModelResponse(
+            model=known.model,
+            weights=wire_version(known.weights),
+            weights_digest=known.weights_digest,
+            serving_dtype=known.serving_dtype,
+            tokenizer_digest=self._announcement.tokenizer_digest,
+            vocab_size=known.vocab_size,
+            eos_token_ids=known.eos_token_ids,
+            max_context_tokens=known.max_context_tokens,
+            default_max_new_tokens=self._announcement.default_max_new_tokens,
+            max_message_bytes=self._announcement.max_message_bytes,
+            logprobs=sorted(validation.LOGPROB_KINDS),
+            max_completions=validation.MAX_COMPLETIONS,
+            max_log_probs_tokens=validation.MAX_LOG_PROBS_TOKENS,
+        )
+
+    async def _wanted(
+        self,
+        request: policy_pb2.GenerateRequest,
+        *,
+        default_priority: protocol.Priority,
+        stream_interval: int,
+        path: str,
+    ) -> protocol.GenerationRequest:
+        self._readiness.require()
+        limits = self._limits(request.model)
+        ids = await self._prompts.encode(request.prompt, path=f"{path}prompt")
+        return validation.generation_request(
+            request,
+            ids,
+            limits,
+            request_id=self._next_id(),
+            default_priority=default_priority,
+            stream_interval=stream_interval,
+            path=path,
+        )
+
+    async def _deltas(
+        self, wanted: protocol.GenerationRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[protocol.TokenDelta]:
+        """The engine's deltas of every completion to its end; a caller that goes away frees the engine's rows."""
+        # A handler that is cancelled while it sends is not told before the garbage collector closes it.
+        context.add_done_callback(lambda _: self._engine.cancel(wanted.request_id))
+        unfinished = set(range(wanted.sampling.n))
+        async for delta in self._engine.submit(wanted):
+            if delta.finish_reason is not None:
+                unfinished.discard(delta.index)
+            yield delta
+        if unfinished:
+            raise internal(f"the engine left {len(unfinished)} of {wanted.sampling.n} completions unfinished")
+
+    def _limits(self, model: str) -> validation.Limits:
+        known = self._engine.describe(validation.model_name(model))
+        return validation.Limits(
+            vocab_size=known.vocab_size,
+            max_context_tokens=known.max_context_tokens,
+            default_max_new_tokens=self._announcement.default_max_new_tokens,
+        )
+
+    def _next_id(self) -> str:
+        # Not the caller's x-request-id, which a retry or a second caller may send again while the first still runs.
+        return f"request-{next(self._numbers)}"
+
+
+def wire_version(version: protocol.WeightsVersion) -> policy_pb2.WeightsVersion:
+    """The contract's form of a version."""
+    return policy_pb2.WeightsVersion(run_id=version.run_id, incarnation=version.incarnation, version=version.version)
+
+
+def _extend(completion: policy_pb2.Completion, delta: protocol.TokenDelta) -> None:
+    """Add everything of a delta but its text."""
+    completion.token_ids.extend(delta.token_ids)
+    completion.raw_logprobs.extend(delta.raw_logprobs)
+    completion.processed_logprobs.extend(delta.processed_logprobs)
+    for span in delta.spans:
+        _add_span(completion, span)
+    if delta.finish_reason is not None:
+        completion.finish_reason = _FINISH_REASONS[delta.finish_reason]
+        completion.stop_string = delta.stop_string
+
+
+def _add_span(completion: policy_pb2.Completion, span: protocol.VersionSpan) -> None:
+    if span.token_count == 0:
+        return
+    added = policy_pb2.VersionSpan(weights=wire_version(span.weights), token_count=span.token_count)
+    if span.oldest_cache is not None:
+        added.oldest_cache.CopyFrom(wire_version(span.oldest_cache))
+    last = completion.spans[-1] if completion.spans else None
+    if (
+        last is not None
+        and last.weights == added.weights
+        and last.HasField("oldest_cache") == added.HasField("oldest_cache")
+        and last.oldest_cache == added.oldest_cache
+    ):
+        last.token_count += added.token_count
+    else:
+        completion.spans.append(added)
