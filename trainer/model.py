@@ -257,14 +257,6 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         device: torch.device = self.pretrained_model.device
         return device
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trade speed for memory; transformers does so in train mode only, so set every dropout to 0 with it."""
-        self.pretrained_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)  # type: ignore[no-untyped-call]
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo `gradient_checkpointing_enable`."""
-        self.pretrained_model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
-
 
 def create_reference_model(model: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
     """A frozen copy of `model` in eval mode, sharing nothing with it."""

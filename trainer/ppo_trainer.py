@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -25,7 +25,9 @@ from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
 from trainer.ppo.statistics import Statistics
 from trainer.sampling import ServedSampling, served_sampling, shaping_settings, switched_off, warn_of_shaping
-from trainer.served_policy import ServedPolicy
+
+if TYPE_CHECKING:
+    from trainer.served_policy import ServedPolicy
 
 _log = get_logger(__name__)
 
@@ -92,6 +94,9 @@ class PPOTrainer:
         self._step = 0
         reference = _with_value_head(ref_model) or create_reference_model(model)
         if policy_server is not None:
+            # In one process nothing of gRPC is needed.
+            from trainer.served_policy import ServedPolicy
+
             self._policy_server = ServedPolicy(policy_server, tokenizer=tokenizer, reference=reference)
         self.ref_model = reference.requires_grad_(False).eval().to(self.accelerator.device)
         self.learner = PPOLearner(
