@@ -1,0 +1,144 @@
+"""Run an engine and gather what it yields."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from policy_server.engine.batch import BatchEngine
+from policy_server.engine.loading import LoadedModels
+from policy_server.engine.observer import Phase, SilentObserver
+from policy_server.engine.protocol import (
+    FinishReason,
+    GenerationRequest,
+    Sampling,
+    TokenDelta,
+    VersionSpan,
+    WeightsVersion,
+)
+
+INITIAL = WeightsVersion()
+FIRST, SECOND = WeightsVersion("run", 1, 1), WeightsVersion("run", 1, 2)
+
+
+@dataclass
+class Gathered:
+    """A completion put together from its deltas."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    raw_logprobs: list[float] = field(default_factory=list)
+    processed_logprobs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_string: str = ""
+    deltas: int = 0
+
+    def add(self, delta: TokenDelta) -> None:
+        assert self.finish_reason is None, "a delta after the last"
+        self.token_ids += delta.token_ids
+        self.text += delta.text
+        self.raw_logprobs += delta.raw_logprobs
+        self.processed_logprobs += delta.processed_logprobs
+        self.spans += delta.spans
+        self.finish_reason = delta.finish_reason
+        self.stop_string = delta.stop_string
+        self.deltas += 1
+        assert sum(span.token_count for span in delta.spans) == len(delta.token_ids)
+
+
+class Watcher(SilentObserver):
+    """Remembers what the engine told, and can hold the engine's thread between two decode steps."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.most_rows = 0
+        self.decoded_batches: list[int] = []
+        self.cancelled_completions = 0
+        self.waiting = 0
+        self.finish_reasons: list[FinishReason] = []
+        self.by_phase: dict[Phase, int] = dict.fromkeys(Phase, 0)
+        self._gate = threading.Event()
+        self._gate.set()
+        self._pause_at: int | None = None
+
+    def pause_after(self, steps: int) -> None:
+        """Hold the thread when it has done so many decode steps."""
+        self._pause_at = len(self.decoded_batches) + steps
+        self._gate.clear()
+
+    def resume(self) -> None:
+        self._pause_at = None
+        self._gate.set()
+
+    def queued(self, *, generations: int, scorings: int) -> None:
+        self.waiting = generations + scorings
+
+    def running(self, *, rows: int) -> None:
+        self.rows = rows
+        self.most_rows = max(self.most_rows, rows)
+
+    def tokens(self, phase: Phase, count: int) -> None:
+        self.by_phase[phase] += count
+
+    def decode_step(self, *, seconds: float, rows: int) -> None:
+        self.decoded_batches.append(rows)
+        if self._pause_at is not None and len(self.decoded_batches) >= self._pause_at:
+            assert self._gate.wait(30)
+
+    def finished(self, reason: FinishReason) -> None:
+        self.finish_reasons.append(reason)
+
+    def cancelled(self, *, completions: int) -> None:
+        self.cancelled_completions += completions
+
+    @property
+    def held(self) -> bool:
+        return self._pause_at is not None and len(self.decoded_batches) >= self._pause_at
+
+
+@asynccontextmanager
+async def running(models: LoadedModels, **settings: Any) -> AsyncIterator[BatchEngine]:
+    engine = BatchEngine(models, **settings)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        if isinstance(observer := settings.get("observer"), Watcher):
+            observer.resume()
+        await engine.stop(finish_within=0.0)
+
+
+def request(prompt: Sequence[int], *, name: str = "request", **fields: Any) -> GenerationRequest:
+    """A request; sampling settings and request fields in one bag, log-probabilities of both kinds by default."""
+    sampling_names = set(Sampling.__dataclass_fields__)
+    sampling = Sampling(**{key: value for key, value in fields.items() if key in sampling_names})
+    others = {key: value for key, value in fields.items() if key not in sampling_names}
+    return GenerationRequest(
+        request_id=name,
+        model=others.pop("model", "policy"),
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        raw_logprobs=others.pop("raw_logprobs", True),
+        processed_logprobs=others.pop("processed_logprobs", True),
+        **others,
+    )
+
+
+async def generate(engine: BatchEngine, asked: GenerationRequest) -> list[Gathered]:
+    completions = [Gathered() for _ in range(asked.sampling.n)]
+    async for delta in engine.submit(asked):
+        completions[delta.index].add(delta)
+    assert all(completion.finish_reason is not None for completion in completions)
+    return completions
+
+
+async def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
+    """Wait for what another thread brings about."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 -- what is awaited happens on another thread
+            await asyncio.sleep(0.002)
