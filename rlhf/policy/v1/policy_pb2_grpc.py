@@ -26,7 +26,48 @@ if _version_not_supported:
 
 
 class PolicyServiceStub:
-    """PolicyService serves named models. No call has a side effect, so every call MAY be sent again.
+    """PolicyService serves named models: the policy, its frozen reference, and adapters.
+
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
+    it was published. GetModel tells which exist.
+
+    Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
+    after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
+    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
+    on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
+    step or one scoring micro-batch.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all (alive), and
+    "rlhf.policy.v1.PolicyService" SERVING while the calls below but GetModel are answered (ready). A server that waits
+    for its trainer's first publish, that swaps weights in place, or that drains is NOT_SERVING and answers these calls
+    UNAVAILABLE; calls that it has accepted go on. GetModel is answered all the same. A server SHOULD offer server
+    reflection.
+
+    Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
+    people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
+    (a server MAY stop after the first few). A field path is relative to the request message and written as in this
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
+    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
+    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
+    | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
+    | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
+    | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+
+    Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
+    NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be
+    shared between callers that authenticate as different ones.
     """
 
     def __init__(self, channel):
@@ -58,32 +99,78 @@ class PolicyServiceStub:
 
 
 class PolicyServiceServicer:
-    """PolicyService serves named models. No call has a side effect, so every call MAY be sent again.
+    """PolicyService serves named models: the policy, its frozen reference, and adapters.
+
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
+    it was published. GetModel tells which exist.
+
+    Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
+    after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
+    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
+    on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
+    step or one scoring micro-batch.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all (alive), and
+    "rlhf.policy.v1.PolicyService" SERVING while the calls below but GetModel are answered (ready). A server that waits
+    for its trainer's first publish, that swaps weights in place, or that drains is NOT_SERVING and answers these calls
+    UNAVAILABLE; calls that it has accepted go on. GetModel is answered all the same. A server SHOULD offer server
+    reflection.
+
+    Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
+    people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
+    (a server MAY stop after the first few). A field path is relative to the request message and written as in this
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
+    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
+    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
+    | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
+    | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
+    | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+
+    Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
+    NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be
+    shared between callers that authenticate as different ones.
     """
 
     def Generate(self, request, context):
-        """Generate completes one prompt n times and returns all n, or a status and none.
+        """Generate completes one prompt n times. It returns all n completions, or a status and none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """StreamGenerate is Generate as deltas; tokens received stay valid whatever the final status.
+        """StreamGenerate is Generate as deltas. Messages of different completions interleave; those of one completion come
+        in order. Tokens received MUST stay valid whatever the final status is: a client MAY go on from them by
+        completion_prefix. A server MUST NOT end the stream with OK before each of the n completions had its
+        finish_reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LogProbs(self, request, context):
-        """LogProbs scores given tokens, all or none, all under one weights version.
+        """LogProbs scores given tokens. It answers for all sequences or, with a status, for none, and every number comes
+        from one version of the weights, also when weights are swapped during the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """GetModel MUST answer while the health of this service is NOT_SERVING.
+        """GetModel describes a model. A server MUST answer it while the health of this service is NOT_SERVING. Of the answer
+        only `weights` MAY change while the process lives.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +208,48 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService:
-    """PolicyService serves named models. No call has a side effect, so every call MAY be sent again.
+    """PolicyService serves named models: the policy, its frozen reference, and adapters.
+
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
+    it was published. GetModel tells which exist.
+
+    Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
+    after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
+    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
+    on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
+    step or one scoring micro-batch.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all (alive), and
+    "rlhf.policy.v1.PolicyService" SERVING while the calls below but GetModel are answered (ready). A server that waits
+    for its trainer's first publish, that swaps weights in place, or that drains is NOT_SERVING and answers these calls
+    UNAVAILABLE; calls that it has accepted go on. GetModel is answered all the same. A server SHOULD offer server
+    reflection.
+
+    Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
+    people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
+    (a server MAY stop after the first few). A field path is relative to the request message and written as in this
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
+    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
+    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
+    | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
+    | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
+    | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+
+    Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
+    NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be
+    shared between callers that authenticate as different ones.
     """
 
     @staticmethod

@@ -26,7 +26,36 @@ if _version_not_supported:
 
 
 class WeightsServiceStub:
-    """WeightsService is for the writer, called on each replica by itself; its own health is SERVING whenever it can stage.
+    """WeightsService is for the one writer of a model: its trainer. A writer MUST call each replica at its own address and
+    never through a load balancer.
+
+    Health. "rlhf.weights.v1.WeightsService" is SERVING whenever the server can stage an update, also while
+    "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
+
+    Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
+    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
+    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
+    answer before it has read the whole stream; a writer MUST stop sending then.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | draining, or the swap was called off | yes |
+    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
+    | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
+    | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
+    | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
+    | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
+    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+
+    A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
 
     def __init__(self, channel):
@@ -48,18 +77,50 @@ class WeightsServiceStub:
 
 
 class WeightsServiceServicer:
-    """WeightsService is for the writer, called on each replica by itself; its own health is SERVING whenever it can stage.
+    """WeightsService is for the one writer of a model: its trainer. A writer MUST call each replica at its own address and
+    never through a load balancer.
+
+    Health. "rlhf.weights.v1.WeightsService" is SERVING whenever the server can stage an update, also while
+    "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
+
+    Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
+    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
+    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
+    answer before it has read the whole stream; a writer MUST stop sending then.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | draining, or the swap was called off | yes |
+    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
+    | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
+    | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
+    | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
+    | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
+    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+
+    A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
 
     def UpdateWeights(self, request_iterator, context):
-        """UpdateWeights stages, verifies and swaps; any status but OK leaves the live weights as they were.
+        """UpdateWeights stages tensors beside the live weights, verifies that they are whole, and swaps them in between two
+        decode steps. It answers when the update is live, or when this part of it is stored. After any status but OK the
+        live weights MUST be what they were; a server with in_place has none then and is NOT_SERVING. A server MUST NOT
+        compute with a mixture of two versions, but for a cache kept by IN_FLIGHT_KEEP_CACHE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetWeights(self, request, context):
-        """GetWeights tells the live version and an update's fate; ask it when an answer was lost.
+        """GetWeights tells what is live and what became of an update. A server MUST answer it while NOT_SERVING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +148,36 @@ def add_WeightsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WeightsService:
-    """WeightsService is for the writer, called on each replica by itself; its own health is SERVING whenever it can stage.
+    """WeightsService is for the one writer of a model: its trainer. A writer MUST call each replica at its own address and
+    never through a load balancer.
+
+    Health. "rlhf.weights.v1.WeightsService" is SERVING whenever the server can stage an update, also while
+    "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
+
+    Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
+    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
+    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
+    answer before it has read the whole stream; a writer MUST stop sending then.
+
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | | draining, or the swap was called off | yes |
+    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
+    | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
+    | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
+    | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
+    | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
+    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+
+    A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
 
     @staticmethod
