@@ -1,0 +1,116 @@
+"""The folder of a run: who it belongs to, how often it was started, and its append-only files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+_IDENTITY_FILE = "run.json"
+_OWN_FILES = frozenset({".lock", f".{_IDENTITY_FILE}.tmp"})
+
+
+class RunFolderError(ValueError):
+    """The folder can't be used for this run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The run's name, and which start of its trainer this is (1 = the first)."""
+
+    run_id: str
+    incarnation: int
+
+
+@contextlib.contextmanager
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it when the process dies, however it dies.
+
+    Raises RunFolderError when another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunFolderError(f"{folder}: another trainer is running in this folder") from error
+        yield
+
+
+def next_identity(folder: Path, *, run_id: str | None, resume: bool) -> RunIdentity:
+    """Who the next start of the run in `folder` is; nothing is written.
+
+    Raises RunFolderError when a fresh run would mix with an earlier one's files, or when the folder is another run's.
+    """
+    file = folder / _IDENTITY_FILE
+    if file.exists():
+        if not resume:
+            raise RunFolderError(f"{folder} holds a run already: go on with it by --resume, or give another --run-dir")
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if run_id not in (None, stored["run_id"]):
+            raise RunFolderError(f"{folder} holds run {stored['run_id']!r}, not {run_id!r}")
+        return RunIdentity(stored["run_id"], stored["incarnation"] + 1)
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES)
+    if strangers:
+        raise RunFolderError(f"{folder} is not empty ({', '.join(strangers[:5])}): give another --run-dir")
+    return RunIdentity(run_id or uuid.uuid4().hex[:12], 1)
+
+
+def store_identity(folder: Path, identity: RunIdentity) -> None:
+    """Store the incarnation durably, which must happen before its first publish.
+
+    After a crash at version 12 and a resume at 10, the number 11 would otherwise name two sets of weights.
+    """
+    write_durably(folder / _IDENTITY_FILE, asdict(identity))
+
+
+def write_durably(file: Path, content: Mapping[str, Any]) -> None:
+    """Replace `file` by `content` as JSON; after a crash either the old or the new is there, whole."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(content, out, indent=2)
+        out.write("\n")
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries (creations and renames in it) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class JsonLines:
+    """One append-only file of JSON objects, cut back to a checkpoint's offset when a run is resumed."""
+
+    def __init__(self, file: Path, *, keep_bytes: int) -> None:
+        """Open `file`, keeping its first `keep_bytes` bytes: what came after them will be written again."""
+        if keep_bytes > (file.stat().st_size if file.exists() else 0):
+            raise RunFolderError(f"{file} is shorter than its checkpoint says: it was changed by someone else")
+        self._out: IO[bytes] = file.open("ab")
+        self._out.truncate(keep_bytes)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object; it is visible to readers at once, and durable after `sync`."""
+        self._out.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._out.flush()
+
+    def sync(self) -> int:
+        """Make everything durable and return the offset of the end."""
+        os.fsync(self._out.fileno())
+        return self._out.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._out.close()
