@@ -26,7 +26,33 @@ if _version_not_supported:
 
 
 class RewardServiceStub:
-    """RewardService turns completions into rewards; this file imports only Duration, so that any language builds it.
+    """RewardService turns completions into rewards.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
+    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
+    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+
+    Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
+    It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries
+    google.rpc.RetryInfo (and not before its delay), after CANCELLED that was not its own doing (some servers end calls
+    so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
+    call. A client MUST NOT put a number in the place of an answer that it did not get.
+
+    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
+    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
+    what is wrong with one sample alone is its FAILED.
+
+    | code | when | again? |
+    |---|---|---|
+    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+
+    Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
+    x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.
     """
 
     def __init__(self, channel):
@@ -48,18 +74,46 @@ class RewardServiceStub:
 
 
 class RewardServiceServicer:
-    """RewardService turns completions into rewards; this file imports only Duration, so that any language builds it.
+    """RewardService turns completions into rewards.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
+    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
+    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+
+    Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
+    It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries
+    google.rpc.RetryInfo (and not before its delay), after CANCELLED that was not its own doing (some servers end calls
+    so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
+    call. A client MUST NOT put a number in the place of an answer that it did not get.
+
+    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
+    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
+    what is wrong with one sample alone is its FAILED.
+
+    | code | when | again? |
+    |---|---|---|
+    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+
+    Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
+    x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.
     """
 
     def Score(self, request, context):
-        """Score judges samples; after any status but OK nothing is known, and UNAVAILABLE, or RESOURCE_EXHAUSTED with RetryInfo, MAY be sent again.
+        """Score judges a micro-batch. A server MUST answer within the call's deadline: what takes longer is PENDING. A server
+        SHOULD stop work for a call that was cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRewardInfo(self, request, context):
-        """GetRewardInfo is constant while the process lives.
+        """GetRewardInfo describes a reward and its limits. The answer MUST NOT change while the process lives. A client asks
+        it first, and again whenever a server was unavailable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +141,33 @@ def add_RewardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RewardService:
-    """RewardService turns completions into rewards; this file imports only Duration, so that any language builds it.
+    """RewardService turns completions into rewards.
+
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
+    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
+    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+
+    Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
+    It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries
+    google.rpc.RetryInfo (and not before its delay), after CANCELLED that was not its own doing (some servers end calls
+    so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
+    call. A client MUST NOT put a number in the place of an answer that it did not get.
+
+    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
+    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
+    what is wrong with one sample alone is its FAILED.
+
+    | code | when | again? |
+    |---|---|---|
+    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+
+    Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
+    x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.
     """
 
     @staticmethod
