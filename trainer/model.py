@@ -210,35 +210,19 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         }
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             self.pretrained_model.save_pretrained(staging, state_dict=merged, max_shard_size=_ONE_FILE)
+            # safetensors gives its file to the owner alone; a server that runs as somebody else has to read it.
+            shutil.copymode(Path(staging) / "config.json", Path(staging) / SAFE_WEIGHTS_NAME)
             written = sorted(Path(staging).iterdir(), key=lambda path: path.name == SAFE_WEIGHTS_NAME)
             for path in written:
                 _replace(path, target / path.name)
         for stale in (*target.glob("model-*-of-*.safetensors"), target / SAFE_WEIGHTS_INDEX_NAME):
             stale.unlink(missing_ok=True)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload model with value head",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload what `save_pretrained` writes to a hub repository (made if new); returns the commit's address."""
-        hub = HfApi(token=token)
-        repository = hub.create_repo(repo_id, private=private, exist_ok=True)
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes; `kwargs` as in `upload_to_hub`. Returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = hub.upload_folder(
-                repo_id=repository.repo_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-            )
-        return str(commit.commit_url)
+            return upload_to_hub(folder, repo_id, **kwargs)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -261,6 +245,29 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 def create_reference_model(model: AutoModelForCausalLMWithValueHead) -> AutoModelForCausalLMWithValueHead:
     """A frozen copy of `model` in eval mode, sharing nothing with it."""
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def upload_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model with value head",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a folder as one commit to a model repository (made if new) and return the commit's address."""
+    hub = HfApi(token=token)
+    repository = hub.create_repo(repo_id, private=private, exist_ok=True)
+    commit = hub.upload_folder(
+        repo_id=repository.repo_id,
+        folder_path=os.fspath(folder),
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit.commit_url)
 
 
 def _hidden_size(config: PreTrainedConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainer.batch import RolloutBatch
 from trainer.generation import generate_batched, generate_one
 from trainer.learner import PPOLearner
-from trainer.model import AutoModelForCausalLMWithValueHead, create_reference_model
+from trainer.model import AutoModelForCausalLMWithValueHead, create_reference_model, upload_to_hub
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
 from trainer.ppo.statistics import Statistics
 from trainer.sampling import ServedSampling, served_sampling, shaping_settings, switched_off, warn_of_shaping
+from trainer.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
     from trainer.served_policy import ServedPolicy
@@ -222,13 +224,13 @@ class PPOTrainer:
         """Write the model with its value head, and the tokenizer: a folder for AutoModelForCausalLM, TRL and this."""
         self.model.save_pretrained(save_directory, is_main_process=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            self.tokenizer.save_pretrained(save_directory)
+            save_tokenizer(self.tokenizer, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the model with its value head, then the tokenizer; `kwargs` as in `model.push_to_hub`."""
-        address = self.model.push_to_hub(repo_id, **kwargs)
-        self.tokenizer.push_to_hub(repo_id, **kwargs)
-        return address
+        """Upload what `save_pretrained` writes; `kwargs` as in `upload_to_hub`. Returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_to_hub(folder, repo_id, **kwargs)
 
     def prepare_dataloader(
         self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None

@@ -95,6 +95,12 @@ def test_a_saved_folder_loads_plainly_and_with_its_value_head(config: PreTrained
     assert not again.training
 
 
+def test_saved_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> None:
+    build(CONFIGS["gpt2"]).save_pretrained(tmp_path)
+
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
 def test_tied_embeddings_are_stored_once_and_tied_again_on_loading(tmp_path: Path) -> None:
     model = build(CONFIGS["gpt2"])
     model.save_pretrained(tmp_path)

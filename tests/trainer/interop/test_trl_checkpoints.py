@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.models import make_tiny_gpt2
-from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -77,3 +77,25 @@ def test_we_load_what_trl_saves_today(tmp_path: Path) -> None:
     ours = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "theirs")
 
     assert_same(load_file(tmp_path / "held.safetensors"), merged(ours))
+
+
+@pytest.mark.trl
+def test_either_library_continues_the_others_run(tmp_path: Path) -> None:
+    def step(folder: Path, out: Path) -> None:
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        trainer = PPOTrainer(PPOConfig(batch_size=1), model, None, tokenizer)
+        query, response = (torch.tensor(tokenizer(text).input_ids) for text in ("hello ", "world"))
+        trainer.step([query], [response], [torch.tensor(1.0)])
+        trainer.save_pretrained(out)
+
+    step(make_tiny_gpt2(tmp_path / "base"), tmp_path / "ours")
+    run_trl("step", tmp_path / "ours", tmp_path / "theirs")
+    step(tmp_path / "theirs", tmp_path / "ours again")
+
+    folders = ("ours", "theirs", "ours again")
+    first, second, third = (load_file(tmp_path / folder / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys() == third.keys()
+    for before, after in ((first, second), (second, third)):
+        moved = max((after[name] - before[name]).abs().max().item() for name in before)
+        assert 0 < moved < 1e-3  # Adam's first steps are of the learning rate's size: nothing was initialised anew

@@ -2,6 +2,7 @@
 
 python trl_side.py save FOLDER      write a tiny GPT-2 with value head; `golden/` beside this file came from it
 python trl_side.py load FOLDER OUT  load FOLDER with a value head and write all tensors TRL then holds to OUT
+python trl_side.py step FOLDER OUT  load model and tokenizer from FOLDER, make one PPO step, save to the folder OUT
 """
 
 import logging
@@ -9,8 +10,8 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel
-from trl import AutoModelForCausalLMWithValueHead
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 
 def save(folder: str) -> None:
@@ -36,5 +37,15 @@ def load(folder: str, out: str) -> None:
     save_file(tensors, out)
 
 
+def step(folder: str, out: str) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trainer = PPOTrainer(PPOConfig(batch_size=1, mini_batch_size=1), model, None, tokenizer)
+    query, response = (torch.tensor(tokenizer(text).input_ids) for text in ("hello ", "world"))
+    trainer.step([query], [response], [torch.tensor(1.0)])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
 if __name__ == "__main__":
-    {"save": save, "load": load}[sys.argv[1]](*sys.argv[2:])
+    {"save": save, "load": load, "step": step}[sys.argv[1]](*sys.argv[2:])
