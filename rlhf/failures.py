@@ -6,6 +6,7 @@ side, so that code, retry policy and documentation can't drift apart.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -168,20 +169,8 @@ def from_rpc_error(error: grpc.RpcError) -> RpcFailure:
     code: grpc.StatusCode = error.code()
     message: str = error.details() or ""
     failure = RpcFailure(code, message)
-    for detail in _details(error):
-        info, retry, request = (
-            error_details_pb2.ErrorInfo(),
-            error_details_pb2.RetryInfo(),
-            error_details_pb2.BadRequest(),
-        )
-        if detail.Unpack(info):
-            failure.reason, failure.metadata = info.reason, dict(info.metadata)
-        elif detail.Unpack(retry):
-            failure.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        elif detail.Unpack(request):
-            failure.violations = tuple(
-                FieldViolation(each.field, each.description) for each in request.field_violations
-            )
+    with contextlib.suppress(DecodeError):  # another make's mistake: what was read must do
+        _read_details(error, failure)
     return failure
 
 
@@ -200,16 +189,24 @@ def is_transient(error: BaseException) -> bool:
     return error.code in _TRANSIENT
 
 
-def _details(error: grpc.RpcError) -> Iterable[AnyMessage]:
-    # The asyncio and the other API have different types for metadata; both iterate over pairs.
+def _read_details(error: grpc.RpcError, failure: RpcFailure) -> None:
+    # The asyncio API and the other have different types for metadata; both iterate over pairs.
     trailing: Iterable[tuple[str, bytes]] = cast(Any, error).trailing_metadata() or ()
-    for key, value in trailing:
-        if key == DETAILS_KEY:
-            try:
-                return status_pb2.Status.FromString(value).details
-            except DecodeError:  # another make's mistake: the code alone must do
-                return ()
-    return ()
+    statuses = (status_pb2.Status.FromString(value) for key, value in trailing if key == DETAILS_KEY)
+    for detail in (detail for status in statuses for detail in status.details):
+        info, retry, request = (
+            error_details_pb2.ErrorInfo(),
+            error_details_pb2.RetryInfo(),
+            error_details_pb2.BadRequest(),
+        )
+        if detail.Unpack(info):
+            failure.reason, failure.metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(retry):
+            failure.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        elif detail.Unpack(request):
+            failure.violations = tuple(
+                FieldViolation(each.field, each.description) for each in request.field_violations
+            )
 
 
 def _packed(detail: Message) -> AnyMessage:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -84,12 +85,9 @@ def _to_record(
 class _StandardErrorHandler(logging.StreamHandler[TextIO]):
     """Writes to what sys.stderr is at the time: a live display puts itself in its place."""
 
-    def __init__(self) -> None:
-        logging.Handler.__init__(self)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _LineFormatter(logging.Formatter):
@@ -112,4 +110,11 @@ class _LineFormatter(logging.Formatter):
         }
         if record.exc_info and record.exc_info[0] is not None:
             line["exception"] = self.formatException(record.exc_info)
+        if self._json:
+            line = {key: _without_nan(value) for key, value in line.items()}
         return str(self._renderer(None, record.levelname.lower(), line))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinities."""
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
