@@ -24,6 +24,9 @@ class TokenDecoder:
         self.byte_token_ids = frozenset(
             index for token, index in tokenizer.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
         )
+        self.skipped_token_ids = frozenset(
+            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         """Decode without special tokens; ill-formed bytes come out as U+FFFD."""
@@ -47,11 +50,15 @@ class IncrementalText:
         self._border = 0  # the last border between whole characters
         self._shown = 0  # characters of the window that were given out
         self._text = ""
+        self._in_byte_run = False
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens and return the text that they settle; what could still change is held back."""
         self._ids.extend(token_ids)
-        if not self._ids or self._ids[-1] in self._decode.byte_token_ids:
+        for token_id in token_ids:
+            if token_id not in self._decode.skipped_token_ids:
+                self._in_byte_run = token_id in self._decode.byte_token_ids
+        if self._in_byte_run or not token_ids:
             return ""
         window = self._decode(self._ids[self._window :])
         # The last U+FFFD may be a character whose bytes are not all here.
