@@ -13,11 +13,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rlhf import failures
-from rlhf.logs import METADATA_KEYS, get_logger
+from rlhf.logs import get_logger
 
 log = get_logger(__name__)
 
 T = TypeVar("T")
+
+METADATA_KEYS = {"run_id": "x-rlhf-run-id", "step": "x-rlhf-step", "request_id": "x-request-id"}
+"""Log context → the gRPC metadata key that carries it to a server."""
 
 LOG_EVERY_SECONDS = 5.0
 
@@ -99,6 +102,8 @@ async def call_with_retry(
         attempt += 1
         try:
             return await call()
+        except failures.RpcFailure as error:
+            failure = error
         except grpc.RpcError as error:
             failure = failures.from_rpc_error(error)
         if not failures.is_transient(failure) or (policy.attempts is not None and attempt >= policy.attempts):
@@ -139,7 +144,7 @@ async def wait_until_ready(
 
 
 class _Reporter:
-    """Tells the caller of every wait, and the log of one now and then."""
+    """Tells a caller who listens of every wait, else the log of one now and then."""
 
     def __init__(self, what: str, target: str, on_wait: OnWait | None) -> None:
         self._what, self._target, self._on_wait = what, target, on_wait
@@ -151,6 +156,7 @@ class _Reporter:
         waiting = Waiting(self._what, self._target, now - self._began, attempt, reason)
         if self._on_wait is not None:
             self._on_wait(waiting)
+            return
         if self._logged_at is None or now - self._logged_at >= LOG_EVERY_SECONDS:
             self._logged_at = now
             log.warning(

@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from rlhf import failures
-from rlhf.logs import METADATA_KEYS, bound_context, get_logger
+from rlhf.channel import METADATA_KEYS
+from rlhf.logs import bound_context, get_logger
 from rlhf.metrics import GrpcServerMetrics, MetricsEndpoint, observe, serve_metrics, with_behaviour
 
 log = get_logger(__name__)
