@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from torch import Tensor
 
 from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel, wait_until_ready
-from rlhf.failures import RpcFailure, from_rpc_error, is_transient
+from rlhf.failures import RpcFailure, from_rpc_error, unavailable
+from rlhf.logs import get_logger
+from rlhf.tensors import dtype_name, iter_pieces
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 from trainer.versions import WeightsVersion
 
+_log = get_logger(__name__)
+
 WEIGHTS_SERVICE = "rlhf.weights.v1.WeightsService"
+
+# A manifest message may hold 1 MiB; a tensor's line is far below 1 KiB.
+_TENSORS_PER_MANIFEST = 512
+_CONFLICTS = 10
+_MOVED_ON = frozenset({"STALE_VERSION", "CURRENT_MISMATCH", "OTHER_RUN"})
 
 
 class PublishError(RuntimeError):
     """The server holds weights that this trainer must not replace, or can't take these; the message says which."""
+
+
+@dataclass(frozen=True)
+class _Published:
+    tensors: tuple[tuple[str, Tensor], ...]
+    weights: WeightsVersion
 
 
 class WeightPublisher:
@@ -37,10 +54,31 @@ class WeightPublisher:
         on_answer: Callable[[], None] | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
-        """`timeout` (seconds) bounds one stream; `on_new_server` runs before weights go to a process not seen before."""
+        """`timeout` (seconds) bounds a stream; `on_new_server` runs before weights go to a process not seen before."""
+        self.target = target
+        self._timeout = timeout
+        self._retry = retry or RetryPolicy()
+        self._on_new_server = on_new_server
+        self._on_wait = on_wait
+        self._on_answer = on_answer
+        self._metadata = tuple(metadata) or call_metadata()
+        self._channel = open_channel(target)
+        self._stub: Any = weights_pb2_grpc.WeightsServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._published: _Published | None = None
+        self._instance: str | None = None
+        self._one_at_a_time = asyncio.Lock()
 
-    async def wait_ready(self, timeout: float | None = None) -> None:
-        """Until the server's health says that WeightsService can stage."""
+    async def wait_ready(self, within: float | None = None) -> None:
+        """Until the server's health says that WeightsService can stage; TimeoutError after `within` seconds."""
+        await wait_until_ready(
+            self._channel,
+            WEIGHTS_SERVICE,
+            what="policy server",
+            target=self.target,
+            timeout=within,
+            on_wait=self._on_wait,
+        )
+        self._answered()
 
     async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
         """Make `weights` live: names as in transformers' state dict, tied parameters once; returns when they serve.
@@ -48,9 +86,134 @@ class WeightPublisher:
         Raises PublishError when the server holds newer weights of this run (another trainer), and RpcFailure for what
         is final (names, shapes, room).
         """
+        published = _Published(tuple((name, tensor.detach()) for name, tensor in tensors), weights)
+        async with self._one_at_a_time:
+            # From here on these are the weights that a restarted server must get, whatever becomes of this call.
+            first, self._published = self._published is None, published
+            await self._bring_live(published, may_take_over=first)
 
     async def ensure(self) -> None:
-        """Publish the last weights again if the server lost them (it was restarted); otherwise one cheap question."""
+        """Publish the last weights again if the server lost them (it was restarted); otherwise one cheap question.
+
+        Raises PublishError when another run's or newer weights are live: another trainer took the server over.
+        """
+        async with self._one_at_a_time:
+            if self._published is not None:
+                await self._bring_live(self._published, may_take_over=False)
 
     async def close(self) -> None:
         """Close the channel."""
+        await self._channel.close()
+
+    async def _bring_live(self, published: _Published, *, may_take_over: bool) -> None:
+        """Ask what is live, send what is missing, and ask again after every failure, since an answer may be lost."""
+        conflicts = 0
+
+        async def attempt() -> None:
+            nonlocal conflicts
+            while True:
+                state = await self._get_weights(published)
+                if await self._is_live(published, state, may_take_over=may_take_over):
+                    return
+                if state.state == weights_pb2.UPDATE_STATE_STAGING:
+                    # Our own stream was cut after its commit; the swap goes on without us.
+                    raise unavailable("an update of this trainer is still being applied")
+                try:
+                    await self._send(published, state)
+                    return
+                except RpcFailure as failure:
+                    if failure.reason in ("UPDATE_IN_PROGRESS", "DATA_LOSS"):
+                        raise unavailable(failure.message) from failure
+                    if failure.reason not in _MOVED_ON or conflicts == _CONFLICTS:
+                        raise
+                    # The server moved between the question and the swap; asking again tells where to.
+                    conflicts += 1
+
+        await call_with_retry(
+            attempt, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
+        )
+        self._answered()
+
+    async def _get_weights(self, published: _Published) -> weights_pb2.GetWeightsResponse:
+        """What is live, and the fate of this update on this process."""
+        state = await self._ask(self._update_id(published.weights))
+        if state.server_instance_id == self._instance:
+            return state
+        if self._instance is not None:
+            _log.warning("the policy server was restarted", target=self.target)
+        if self._on_new_server is not None:
+            await self._on_new_server()
+        self._instance = state.server_instance_id
+        return await self._ask(self._update_id(published.weights))
+
+    async def _ask(self, update_id: str) -> weights_pb2.GetWeightsResponse:
+        try:
+            answer: weights_pb2.GetWeightsResponse = await self._stub.GetWeights(
+                weights_pb2.GetWeightsRequest(update_id=update_id), timeout=self._timeout, metadata=self._metadata
+            )
+            return answer
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def _is_live(
+        self, published: _Published, state: weights_pb2.GetWeightsResponse, *, may_take_over: bool
+    ) -> bool:
+        live, ours = WeightsVersion.from_proto(state.live), published.weights
+        if live == ours:
+            return True
+        if live.is_after(ours):
+            raise PublishError(
+                f"policy server {self.target} holds {live}, this trainer has {ours}: another trainer of this run is "
+                "newer, so this one stops"
+            )
+        if live.run_id not in ("", ours.run_id) and not may_take_over:
+            raise PublishError(
+                f"policy server {self.target} now holds {live}: another trainer took it over from run {ours.run_id}"
+            )
+        return False
+
+    async def _send(self, published: _Published, state: weights_pb2.GetWeightsResponse) -> None:
+        begin = weights_pb2.Begin(
+            update_id=self._update_id(published.weights),
+            weights=published.weights.to_proto(),
+            stream=weights_pb2.StreamSource(),
+            total_bytes=sum(tensor.nbytes for _, tensor in published.tensors),
+        )
+        if state.live.run_id != published.weights.run_id:
+            begin.if_current.CopyFrom(state.live)
+        try:
+            answer: weights_pb2.UpdateWeightsResponse = await self._stub.UpdateWeights(
+                _messages(begin, published.tensors), timeout=self._timeout, metadata=self._metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        if WeightsVersion.from_proto(answer.live) != published.weights:
+            raise PublishError(
+                f"policy server {self.target} answered that {WeightsVersion.from_proto(answer.live)} is live after "
+                f"{published.weights} was published"
+            )
+
+    def _update_id(self, weights: WeightsVersion) -> str:
+        return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}"
+
+    def _answered(self) -> None:
+        if self._on_answer is not None:
+            self._on_answer()
+
+
+async def _messages(
+    begin: weights_pb2.Begin, tensors: Sequence[tuple[str, Tensor]]
+) -> AsyncIterator[weights_pb2.UpdateWeightsRequest]:
+    """begin, manifest…, chunk…, commit; the bytes are cut as gRPC asks for them, one tensor at a time in memory."""
+    yield weights_pb2.UpdateWeightsRequest(begin=begin)
+    for first in range(0, len(tensors), _TENSORS_PER_MANIFEST):
+        specs = [
+            weights_pb2.TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tensor.shape)
+            for name, tensor in tensors[first : first + _TENSORS_PER_MANIFEST]
+        ]
+        yield weights_pb2.UpdateWeightsRequest(manifest=weights_pb2.Manifest(tensors=specs))
+    for index, (_, tensor) in enumerate(tensors):
+        for piece in iter_pieces(tensor):
+            chunk = weights_pb2.Chunk(tensor=index, offset=piece.offset, data=piece.data, xxh3_64=piece.xxh3_64)
+            yield weights_pb2.UpdateWeightsRequest(chunk=chunk)
+    yield weights_pb2.UpdateWeightsRequest(commit=weights_pb2.Commit())

@@ -10,12 +10,12 @@ import enum
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
+
 from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel, wait_until_ready
 from rlhf.failures import from_rpc_error
-
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from trainer.versions import WeightsVersion
 
@@ -91,12 +91,17 @@ class PolicyClient:
         self._on_answer = on_answer
         self._metadata = tuple(metadata) or call_metadata()
         self._channel = open_channel(target)
-        self._stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
+        self._stub: Any = policy_pb2_grpc.PolicyServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    async def wait_ready(self, timeout: float | None = None) -> None:
+    async def wait_ready(self, within: float | None = None) -> None:
         """Until the server's health says that PolicyService serves (a managed one needs weights first)."""
         await wait_until_ready(
-            self._channel, POLICY_SERVICE, what=f"policy server {self.target}", timeout=timeout, on_wait=self._on_wait
+            self._channel,
+            POLICY_SERVICE,
+            what="policy server",
+            target=self.target,
+            timeout=within,
+            on_wait=self._on_wait,
         )
 
     async def get_model(self, model: str = "") -> ModelInfo:
@@ -104,10 +109,13 @@ class PolicyClient:
         request = policy_pb2.GetModelRequest(model=model)
 
         async def attempt() -> policy_pb2.GetModelResponse:
-            return await self._stub.GetModel(request, timeout=self._timeout, metadata=self._metadata)
+            answer: policy_pb2.GetModelResponse = await self._stub.GetModel(
+                request, timeout=self._timeout, metadata=self._metadata
+            )
+            return answer
 
         answer = await call_with_retry(
-            attempt, policy=self._retry, what=f"policy server {self.target}", on_wait=self._on_wait
+            attempt, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
         )
         self._answered()
         return ModelInfo(
@@ -157,7 +165,10 @@ class PolicyClient:
         )
 
         async def attempt() -> policy_pb2.GenerateResponse:
-            return await self._stub.Generate(request, timeout=self._timeout, metadata=self._all_metadata(metadata))
+            answer: policy_pb2.GenerateResponse = await self._stub.Generate(
+                request, timeout=self._timeout, metadata=metadata or self._metadata
+            )
+            return answer
 
         answer = await self._call(attempt)
         if [completion.index for completion in answer.completions] != list(range(n)):
@@ -173,7 +184,7 @@ class PolicyClient:
         weights: WeightsVersion | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> list[list[float]]:
-        """Natural log-probabilities of the completion tokens of each (prompt ids, completion ids), logits / temperature."""
+        """Natural log-probabilities, under logits / temperature, of each completion of (prompt ids, completion ids)."""
         request = policy_pb2.LogProbsRequest(
             model=model,
             sequences=[
@@ -185,7 +196,10 @@ class PolicyClient:
         )
 
         async def attempt() -> policy_pb2.LogProbsResponse:
-            return await self._stub.LogProbs(request, timeout=self._timeout, metadata=self._all_metadata(metadata))
+            answer: policy_pb2.LogProbsResponse = await self._stub.LogProbs(
+                request, timeout=self._timeout, metadata=metadata or self._metadata
+            )
+            return answer
 
         answer = await self._call(attempt)
         rows = [list(row.logprobs) for row in answer.sequences]
@@ -220,7 +234,7 @@ class PolicyClient:
             raise AssertionError("unreachable")
 
         answer = await call_with_retry(
-            recovering, policy=self._retry, what=f"policy server {self.target}", on_wait=self._on_wait
+            recovering, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
         )
         self._answered()
         return answer
@@ -228,9 +242,6 @@ class PolicyClient:
     def _answered(self) -> None:
         if self._on_answer is not None:
             self._on_answer()
-
-    def _all_metadata(self, more: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        return tuple(more) or self._metadata
 
     def _checked(self, completion: policy_pb2.Completion, max_new_tokens: int) -> Generation:
         tokens, logprobs = tuple(completion.token_ids), tuple(completion.processed_logprobs)

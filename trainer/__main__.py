@@ -1,0 +1,56 @@
+"""python -m trainer: one start of a run.
+
+Exit codes: 0 finished; 78 settings, data, folder or servers that don't fit the run (starting again won't help);
+143 or 130 stopped by SIGTERM or SIGINT, a checkpoint is there; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from rlhf.config import load_settings
+from rlhf.failures import RpcFailure
+from rlhf.logs import configure_logging, get_logger
+from trainer.settings import TrainerSettings
+
+_log = get_logger(__name__)
+
+CONFIGURATION_ERROR = 78
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the trainer with these arguments (default: the command line's) and return the exit code."""
+    settings = load_settings(TrainerSettings, argv, prog="python -m trainer")
+    configure_logging(settings.log_format, settings.log_level)
+    # Seconds of importing torch come after mistakes in the settings have been told.
+    from trainer.assembly import SettingsError, run
+    from trainer.checkpoints import CheckpointError
+    from trainer.clients.policy import BrokenServerError
+    from trainer.clients.rewards import RewardChangedError
+    from trainer.learner import NonFiniteLossError
+    from trainer.metrics import TrainerMetrics
+    from trainer.pinning import PinError
+    from trainer.progress import Progress, wants_live_display
+    from trainer.prompts import PromptDataError
+    from trainer.publisher import PublishError
+    from trainer.runfolder import RunFolderError, lock_run_folder
+    from trainer.waiting import WaitBoard
+
+    metrics = TrainerMetrics()
+    waits = WaitBoard(metrics)
+    live = wants_live_display(settings.log_format)
+    try:
+        with lock_run_folder(settings.run_dir), Progress(steps=settings.steps, waits=waits, live=live) as progress:
+            return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
+    except (SettingsError, RunFolderError, PromptDataError, CheckpointError, PinError, ImportError) as error:
+        _log.error(str(error))
+        return CONFIGURATION_ERROR
+    except (RpcFailure, BrokenServerError, PublishError, RewardChangedError, NonFiniteLossError) as error:
+        _log.error(f"the run stops: {error}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""RewardClient: rewards from one reward server, in micro-batches cut by its limits, for as long as it takes.
+
+`score` takes one sample and returns what finally became of it. Samples that arrive while calls run are sent together
+as soon as a call may be made, so scoring keeps pace with generation without a batch size to tune.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+
+from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel
+from rlhf.failures import from_rpc_error
+from rlhf.logs import get_logger
+from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from trainer.clients.policy import BrokenServerError, FinishReason
+
+_log = get_logger(__name__)
+
+_DEFAULT_REQUEST_BYTES = 4 * 2**20
+_DEFAULT_SAMPLES_PER_CALL = 64
+_DEFAULT_CALLS = 4
+_SAMPLE_OVERHEAD_BYTES = 8
+_MALFORMED_ATTEMPTS = 4
+_PENDING_JITTER = 0.2
+_LARGEST_FLOAT32 = 3.4e38
+
+
+class RewardChangedError(RuntimeError):
+    """The reward server's version is not the one that this run began with, so scores would not compare."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A finite reward, components for reports, and per-token rewards (one per completion token, or empty)."""
+
+    reward: float
+    components: Mapping[str, float] = field(default_factory=dict)
+    token_rewards: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Abstained:
+    """The server chose not to judge."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The sample can never be judged."""
+
+    code: str
+    message: str
+
+
+T = TypeVar("T")
+Outcome = Scored | Abstained | Failed
+
+
+@dataclass(frozen=True)
+class RewardSample:
+    """One completion to judge; `sample_id` is the idempotency key and holds a hash of the tokens.
+
+    A prompt has one completion here, so every group has one member and whole groups travel together by themselves.
+    """
+
+    sample_id: str
+    prompt: str
+    completion: str
+    completion_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    json_keys: frozenset[str] = frozenset()
+    messages: Sequence[Mapping[str, object]] = ()
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What GetRewardInfo tells; limits are resolved (never 0)."""
+
+    name: str
+    version: str
+    max_samples: int
+    max_request_bytes: int
+    max_concurrent_calls: int
+    required_metadata: tuple[str, ...]
+    needs_token_ids: bool
+
+
+@dataclass
+class _Job:
+    sample: RewardSample
+    message: reward_pb2.Sample
+    result: asyncio.Future[Outcome]
+
+
+class RewardClient:
+    """Calls on one reward server for one run.
+
+    Raises BrokenServerError when the server keeps answering what the contract forbids, RewardChangedError when its
+    version changes, RpcFailure for what is final; everything else is waited out and reported to `on_wait`.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        run_id: str,
+        timeout: float = 60.0,
+        retry: RetryPolicy | None = None,
+        on_wait: Callable[[Waiting], None] | None = None,
+        on_answer: Callable[[], None] | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """`timeout` (seconds) bounds each attempt of a call."""
+        self.target = target
+        self._run_id = run_id
+        self._timeout = timeout
+        self._retry = retry or RetryPolicy()
+        self._on_wait = on_wait
+        self._on_answer = on_answer
+        self._metadata = tuple(metadata) or call_metadata(run_id=run_id)
+        self._channel = open_channel(target)
+        self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._info: RewardInfo | None = None
+        self._queue: deque[_Job] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._later: set[asyncio.TimerHandle] = set()
+        self._jitter = random.Random()
+
+    async def pin(self, version: str | None = None) -> RewardInfo:
+        """Ask what the server is, and hold it to `version` (None = what it is now) from here on.
+
+        Raises RewardChangedError when it is another.
+        """
+        info = await self._ask_info()
+        if version is not None and info.version != version:
+            raise RewardChangedError(
+                f"reward server {self.target}: this run's reward is version {version!r}, the server is now "
+                f"{info.version!r} ({info.name}); scores of two versions do not compare. Start the old one again, "
+                "or begin a new run"
+            )
+        self._info = info
+        return info
+
+    async def check_pinned(self) -> None:
+        """Raise RewardChangedError when the server is no longer what `pin` found."""
+        assert self._info is not None, "pin first"
+        await self.pin(self._info.version)
+
+    async def score(self, sample: RewardSample) -> Outcome:
+        """What finally became of the sample: sent together with others, asked again while PENDING."""
+        assert self._info is not None, "pin first"
+        message = self._message(sample)
+        if message.ByteSize() + self._request_overhead(sample) > self._info.max_request_bytes:
+            return Failed(
+                "SAMPLE_TOO_LARGE", f"more than the server's {self._info.max_request_bytes} bytes per request"
+            )
+        job = _Job(sample, message, asyncio.get_running_loop().create_future())
+        self._queue.append(job)
+        self._send_what_fits()
+        return await job.result
+
+    async def abandon(self) -> None:
+        """Cancel every call and forget the samples; nothing is lost, since asking again gives the same answer."""
+        for handle in self._later:
+            handle.cancel()
+        self._later.clear()
+        for job in self._queue:
+            job.result.cancel()
+        self._queue.clear()
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Abandon what runs and close the channel."""
+        await self.abandon()
+        await self._channel.close()
+
+    async def _ask_info(self) -> RewardInfo:
+        async def attempt() -> reward_pb2.GetRewardInfoResponse:
+            try:
+                answer: reward_pb2.GetRewardInfoResponse = await self._stub.GetRewardInfo(
+                    reward_pb2.GetRewardInfoRequest(), timeout=self._timeout, metadata=self._metadata
+                )
+                return answer
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+        answer = await self._retried(attempt)
+        self._answered()
+        return RewardInfo(
+            name=answer.name,
+            version=answer.version,
+            max_samples=answer.max_samples or _DEFAULT_SAMPLES_PER_CALL,
+            max_request_bytes=answer.max_request_bytes or _DEFAULT_REQUEST_BYTES,
+            max_concurrent_calls=answer.max_concurrent_calls or _DEFAULT_CALLS,
+            required_metadata=tuple(answer.required_metadata),
+            needs_token_ids=answer.needs_token_ids,
+        )
+
+    def _send_what_fits(self) -> None:
+        assert self._info is not None
+        while self._queue and len(self._calls) < self._info.max_concurrent_calls:
+            call = asyncio.create_task(self._score_batch(self._cut_batch()))
+            self._calls.add(call)
+            call.add_done_callback(self._call_done)
+
+    def _call_done(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._send_what_fits()
+
+    def _cut_batch(self) -> list[_Job]:
+        """The longest head of the queue within the server's limits and of one kind of metadata."""
+        assert self._info is not None
+        first = self._queue[0].sample
+        batch: list[_Job] = []
+        room = self._info.max_request_bytes - self._request_overhead(first) + _SAMPLE_OVERHEAD_BYTES
+        while self._queue and len(batch) < self._info.max_samples:
+            job = self._queue[0]
+            size = job.message.ByteSize() + _SAMPLE_OVERHEAD_BYTES
+            if size > room or job.sample.json_keys != first.json_keys:
+                break
+            room -= size
+            batch.append(self._queue.popleft())
+        return batch
+
+    async def _score_batch(self, batch: list[_Job]) -> None:
+        try:
+            results = await self._ask_until_well_formed(batch)
+        except Exception as error:
+            # Every sample's caller learns why; the first to do so stops the run.
+            for job in batch:
+                if not job.result.done():
+                    job.result.set_exception(error)
+            return
+        except asyncio.CancelledError:
+            for job in batch:
+                job.result.cancel()
+            raise
+        for job in batch:
+            self._settle(job, results[job.sample.sample_id])
+        self._answered()
+
+    def _settle(self, job: _Job, result: reward_pb2.SampleResult) -> None:
+        if job.result.done():
+            return
+        match result.WhichOneof("outcome"):
+            case "scored":
+                scored = result.scored
+                job.result.set_result(Scored(scored.reward, dict(scored.components), tuple(scored.token_rewards)))
+            case "abstained":
+                job.result.set_result(Abstained(result.abstained.reason))
+            case "failed":
+                job.result.set_result(Failed(result.failed.code, result.failed.message))
+            case _:
+                self._ask_later(job, result.pending)
+
+    def _ask_later(self, job: _Job, pending: reward_pb2.Pending) -> None:
+        delay = pending.retry_after.ToTimedelta().total_seconds()
+        if self._on_wait is not None:
+            reason = f"the reward of {job.sample.sample_id} is pending"
+            self._on_wait(Waiting(on="reward", target=self.target, since_seconds=0.0, attempt=1, reason=reason))
+
+        def again() -> None:
+            self._later.discard(handle)
+            self._queue.append(job)
+            self._send_what_fits()
+
+        delay *= 1 + self._jitter.uniform(0, _PENDING_JITTER)
+        handle = asyncio.get_running_loop().call_later(delay, again)
+        self._later.add(handle)
+
+    async def _ask_until_well_formed(self, batch: list[_Job]) -> dict[str, reward_pb2.SampleResult]:
+        request = reward_pb2.ScoreRequest(
+            run_id=self._run_id,
+            samples=[job.message for job in batch],
+            json_metadata_keys=sorted(batch[0].sample.json_keys),
+        )
+        attempts = 0
+
+        async def attempt() -> reward_pb2.ScoreResponse:
+            nonlocal attempts
+            attempts += 1
+            if attempts > 1:
+                # A server that went away may have come back as another reward.
+                await self.check_pinned()
+            try:
+                answer: reward_pb2.ScoreResponse = await self._stub.Score(
+                    request, timeout=self._timeout, metadata=self._metadata
+                )
+                return answer
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+        for malformed in range(1, _MALFORMED_ATTEMPTS + 1):
+            answer = await self._retried(attempt)
+            try:
+                return self._checked(batch, answer)
+            except BrokenServerError as error:
+                if malformed == _MALFORMED_ATTEMPTS:
+                    raise
+                _log.warning("a malformed answer is asked for again", error=str(error), attempt=malformed)
+                await asyncio.sleep(self._retry.initial * self._retry.multiplier**malformed)
+        raise AssertionError("unreachable")
+
+    async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        return await call_with_retry(
+            attempt, policy=self._retry, what="reward server", target=self.target, on_wait=self._on_wait
+        )
+
+    def _answered(self) -> None:
+        """Tell that nothing is waited for, unless samples are still pending."""
+        if self._on_answer is not None and not self._later:
+            self._on_answer()
+
+    def _checked(self, batch: list[_Job], answer: reward_pb2.ScoreResponse) -> dict[str, reward_pb2.SampleResult]:
+        """The results by id, or BrokenServerError naming the server and the first sample that is wrong."""
+        jobs = {job.sample.sample_id: job for job in batch}
+        times = Counter(result.sample_id for result in answer.results)
+        for sample_id, count in times.items():
+            if sample_id not in jobs:
+                raise self._broken(sample_id, "was not asked for")
+            if count > 1:
+                raise self._broken(sample_id, f"is answered {count} times")
+        for sample_id in jobs:
+            if sample_id not in times:
+                raise self._broken(sample_id, "is not answered")
+        for result in answer.results:
+            if problem := _problem(result, tokens=len(jobs[result.sample_id].sample.completion_ids)):
+                raise self._broken(result.sample_id, problem)
+        return {result.sample_id: result for result in answer.results}
+
+    def _broken(self, sample_id: str, problem: str) -> BrokenServerError:
+        return BrokenServerError(f"reward server {self.target}: sample {sample_id!r} {problem}")
+
+    def _request_overhead(self, sample: RewardSample) -> int:
+        keys = sum(len(key.encode()) + _SAMPLE_OVERHEAD_BYTES for key in sample.json_keys)
+        return len(self._run_id.encode()) + keys + 2 * _SAMPLE_OVERHEAD_BYTES
+
+    def _message(self, sample: RewardSample) -> reward_pb2.Sample:
+        assert self._info is not None
+        return reward_pb2.Sample(
+            sample_id=sample.sample_id,
+            group_id=sample.sample_id,
+            group_size=1,
+            prompt=sample.prompt,
+            completion=sample.completion,
+            messages=[_turn(message) for message in sample.messages],
+            completion_token_ids=sample.completion_ids if self._info.needs_token_ids else (),
+            finish_reason=_FINISH_REASONS.get(sample.finish_reason, reward_pb2.FINISH_REASON_UNSPECIFIED),
+            metadata=dict(sample.metadata),
+        )
+
+
+_FINISH_REASONS = {
+    FinishReason.EOS: reward_pb2.FINISH_REASON_EOS,
+    FinishReason.STOP: reward_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: reward_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def _problem(result: reward_pb2.SampleResult, *, tokens: int) -> str | None:
+    """What is wrong with one result for a completion of `tokens` tokens; None = nothing."""
+    match result.WhichOneof("outcome"):
+        case "scored":
+            scored = result.scored
+            if not scored.HasField("reward"):
+                return "is scored without a reward"
+            if not math.isfinite(scored.reward):
+                return f"has the reward {scored.reward}, which is not finite"
+            if abs(scored.reward) > _LARGEST_FLOAT32:
+                return f"has the reward {scored.reward}, which is too large to train with"
+            if not all(math.isfinite(value) for value in scored.components.values()):
+                return "has a component that is not finite"
+            if scored.token_rewards and len(scored.token_rewards) != tokens:
+                return f"has {len(scored.token_rewards)} token rewards for {tokens} tokens"
+            if not all(math.isfinite(value) for value in scored.token_rewards):
+                return "has a token reward that is not finite"
+        case "pending":
+            if not result.pending.HasField("retry_after") or result.pending.retry_after.ToNanoseconds() <= 0:
+                return "is pending without a retry_after above 0"
+        case None:
+            return "has no outcome that this trainer knows"
+    return None
+
+
+def _turn(message: Mapping[str, object]) -> reward_pb2.ChatMessage:
+    """One turn of a conversation: content as text or a list of text parts, everything else as JSON."""
+    content = message.get("content")
+    texts = [content] if isinstance(content, str) else _part_texts(content)
+    extra = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return reward_pb2.ChatMessage(
+        role=str(message["role"]),
+        parts=[reward_pb2.ContentPart(text=text) for text in texts],
+        extra_json=json.dumps(extra, ensure_ascii=False, default=str) if extra else "",
+    )
+
+
+def _part_texts(content: object) -> list[str]:
+    if content is None:
+        return []
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return [part["text"] for part in content]
+    raise ValueError(f"a message's content must be text or a list of text parts, not {type(content).__name__}")

@@ -1,0 +1,150 @@
+"""The trainer's settings: PPO's, and those of the loop around it."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from rlhf.config import ProcessSettings
+from trainer.ppo.config import PPOConfig
+from trainer.ppo.kl import KlPenalty
+from trainer.tracking import TrackerName
+
+
+class ReferencePlace(enum.StrEnum):
+    """Where the frozen reference model runs."""
+
+    SERVER = "server"
+    TRAINER = "trainer"
+
+
+class OldLogProbs(enum.StrEnum):
+    """Whose log-probabilities of the rollout PPO compares with."""
+
+    TRAINER = "trainer"
+    ROLLOUT = "rollout"
+
+
+_UNTRAINABLE = {
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "min_new_tokens",
+    "min_length",
+    "typical_p",
+    "num_beams",
+}
+
+
+def _unit(name: str) -> dict[str, Any]:
+    return {"unit": name}
+
+
+class TrainerSettings(PPOConfig, ProcessSettings):
+    """One run. Temperature alone shapes sampling here: whatever else does would not be in the log-probabilities."""
+
+    model_config = SettingsConfigDict(env_prefix="RLHF_TRAINER_", extra="forbid")
+
+    model: str = Field(description="Policy to start from: a folder or a hub name; its tokenizer is the run's")
+    policy_server: str = Field(description="Address of the policy server", json_schema_extra=_unit("host:port"))
+    reward_server: str = Field(description="Address of the reward server", json_schema_extra=_unit("host:port"))
+    run_dir: Path = Field(description="Folder of the run's files; empty or absent unless resume is given")
+    run_id: str | None = Field(
+        None, min_length=1, max_length=64, description="Name of the run on the servers; unset: made up, then kept"
+    )
+    resume: bool = Field(False, description="Go on from the last checkpoint in run_dir, or begin when there is none")
+
+    data: str = Field(description="Training prompts: a .jsonl, .csv or .parquet file, a folder or a hub data set")
+    data_split: str = Field("train", description="Split of a hub data set to train on")
+    prompt_column: str = Field(
+        "prompt", description="Column with the prompt (text or a list of messages); the others go to the reward"
+    )
+    eval_data: str | None = Field(
+        None, description="Held-out prompts; unset: taken out of data, at most a fifth of it, never trained on"
+    )
+    eval_split: str = Field("test", description="Split of a hub data set to evaluate on")
+    eval_prompts: int = Field(
+        128, ge=0, description="Held-out prompts per evaluation; 0: no evaluation", json_schema_extra=_unit("prompts")
+    )
+    eval_every: int = Field(
+        10, ge=0, description="Evaluate every so many steps, at the start and at the end; 0: only then"
+    )
+
+    # TRL counts `steps` in samples; a run here is counted in PPO steps, and `ppo_config` translates.
+    steps: int = Field(100, ge=1, description="Length of the run", json_schema_extra=_unit("PPO steps"))
+    save_every: int = Field(10, ge=1, description="Write a checkpoint every so many steps")
+    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep")
+    temperature: float = Field(1.0, gt=0, description="Logits are divided by it, in sampling and in training alike")
+    max_new_tokens: int = Field(64, ge=1, description="Longest completion", json_schema_extra=_unit("tokens"))
+    max_prompt_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longer prompts are dropped; unset: what max_new_tokens leaves of the model's context",
+        json_schema_extra=_unit("tokens"),
+    )
+    reference: ReferencePlace = Field(
+        ReferencePlace.SERVER, description="Where the frozen reference runs: the policy server, or this process"
+    )
+    reference_model: str | None = Field(
+        None, description="Reference to load when reference is trainer; unset: what model names"
+    )
+    old_logprobs: OldLogProbs = Field(
+        OldLogProbs.TRAINER, description="Old log-probabilities: recomputed by the trainer, or as sampled (rollout)"
+    )
+
+    rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight")
+    policy_timeout: float = Field(
+        300.0, gt=0, description="Deadline of one Generate or LogProbs call", json_schema_extra=_unit("seconds")
+    )
+    reward_timeout: float = Field(
+        60.0, gt=0, description="Deadline of one Score call", json_schema_extra=_unit("seconds")
+    )
+    publish_timeout: float = Field(
+        600.0, gt=0, description="Deadline of one transfer of the weights", json_schema_extra=_unit("seconds")
+    )
+
+    threads: int | None = Field(None, ge=1, description="CPU threads for the model; unset: torch's default")
+    reproducible: bool = Field(
+        False, description="Deterministic algorithms only: a resumed run repeats an uninterrupted one bit for bit"
+    )
+    sample_lines: int = Field(4, ge=0, description="Training samples per step to keep in samples.jsonl")
+    track: list[TrackerName] = Field(
+        default_factory=list, description="Trackers beside metrics.jsonl: tensorboard, wandb"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_log_probabilities_leave_out(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (given := sorted(_UNTRAINABLE & values.keys())):
+            raise ValueError(
+                f"{', '.join(given)}: only temperature may shape sampling in training; the log-probabilities that PPO "
+                "compares would not be those of the distribution that is sampled, and the KL estimate turns negative"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _check_run(self) -> Self:
+        if self.reference is ReferencePlace.SERVER:
+            if self.kl_penalty is KlPenalty.FULL:
+                raise ValueError(
+                    "kl_penalty=full needs the reference's whole distribution, which a served reference does not send: "
+                    "set reference=trainer"
+                )
+            if self.reference_model is not None:
+                raise ValueError("reference_model is only used with reference=trainer; give --reference to the server")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                "WORLD_SIZE is above 1: this version's loop trains in one process; start it without torchrun"
+            )
+        return self
+
+    def ppo_config(self) -> PPOConfig:
+        """PPO's own settings."""
+        values = {name: getattr(self, name) for name in PPOConfig.model_fields}
+        return PPOConfig(**{**values, "steps": self.steps * self.batch_size})

@@ -1,0 +1,79 @@
+"""Optional trackers beside metrics.jsonl: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class TrackerName(enum.Enum):
+    """What --log-with takes."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a step or an evaluation."""
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Finite numbers only, by name."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class TensorBoardTracker:
+    """Event files under <run>/tensorboard; points after the step that a resumed run continues from are purged."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One scalar each."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run of the same id, continued when the run is resumed; WANDB_* variables apply."""
+
+    def __init__(self, *, run_id: str, settings: Mapping[str, Any], folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(id=run_id, resume="allow", config=dict(settings), dir=str(folder))
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """One point."""
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        """Finish the run there."""
+        self._run.finish()
+
+
+def open_trackers(
+    names: Sequence[TrackerName], *, run_id: str, folder: Path, settings: Mapping[str, Any], resumed_step: int
+) -> list[Tracker]:
+    """Open each; raises ImportError naming the extra to install when its library is missing."""
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            if name is TrackerName.TENSORBOARD:
+                trackers.append(TensorBoardTracker(folder / "tensorboard", resumed_step=resumed_step))
+            else:
+                trackers.append(WandbTracker(run_id=run_id, settings=settings, folder=folder))
+        except ImportError as error:
+            raise ImportError(f"--log-with {name.value}: pip install 'rlhf-services[{name.value}]'") from error
+    return trackers
