@@ -30,12 +30,15 @@ def weights_digest(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dty
 def tokenizer_digest(tokenizer: Any) -> str:
     """ "sha256:<hex>" of what a transformers tokenizer does: vocabulary, merges, special tokens, chat template.
 
-    Padding and truncation settings, which calls change, and paths are left out.
+    Padding and truncation settings, which calls change, and paths are left out. So is the choice of the padding token:
+    GPT-2's users set it after loading, and no id that crosses the wire depends on it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described: dict[str, Any] = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())},
+        "special": {
+            name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items()) if name != "pad_token"
+        },
         "chat_template": tokenizer.chat_template,
     }
     if backend is not None:
