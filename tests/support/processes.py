@@ -1,0 +1,164 @@
+"""Real processes under test: started, waited for with a deadline, read, killed, and never leaked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_WITHIN = 90.0
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], *, within: float, what: str) -> T:
+    """The first true value of `condition()`; fails with `what` after `within` seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"no {what} within {within:g} s")
+        time.sleep(0.02)
+
+
+class ProcessUnderTest:
+    """`python -m module …` with its output in a file."""
+
+    def __init__(self, module: str, flags: Sequence[str], folder: Path, *, env: dict[str, str] | None = None) -> None:
+        self.module = module
+        self._endpoint_file = folder / "endpoint.json"
+        self._endpoint_file.unlink(missing_ok=True)
+        self._log_file = folder / "log.txt"
+        with self._log_file.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *flags, "--endpoint-file", str(self._endpoint_file)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def address(self) -> str:
+        """Where its gRPC server listens."""
+        return self._endpoint()["address"]
+
+    @property
+    def metrics_url(self) -> str:
+        """Its Prometheus endpoint."""
+        return self._endpoint()["metrics_url"]
+
+    def log_text(self) -> str:
+        """All it has written so far, to stdout and stderr."""
+        return self._log_file.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll()
+
+    def wait_bound(self, within: float = READY_WITHIN) -> None:
+        """Until it has announced its addresses."""
+        wait_for(lambda: self._alive() and self._endpoint_file.exists(), within=within, what=f"address of {self}")
+
+    def wait_serving(self, service: str = "", within: float = READY_WITHIN) -> None:
+        """Until its health says that `service` is SERVING."""
+        self.wait_bound(within)
+        wait_for(
+            lambda: self._alive() and health_of(self.address, service) == "SERVING",
+            within=within,
+            what=f"SERVING {service!r} of {self}",
+        )
+
+    def wait_exit(self, within: float = READY_WITHIN) -> int:
+        """Its exit code, once it has ended by itself."""
+        try:
+            return self._process.wait(within)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self} still runs after {within:g} s; its log:\n{self.log_text()[-4000:]}") from None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def terminate(self, within: float = 45.0) -> int:
+        """SIGTERM; its exit code."""
+        if self.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.wait_exit(within)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def __str__(self) -> str:
+        return f"python -m {self.module} (pid {self.pid})"
+
+    def _endpoint(self) -> dict[str, str]:
+        endpoint: dict[str, str] = json.loads(self._endpoint_file.read_text())
+        return endpoint
+
+    def _alive(self) -> bool:
+        code = self.poll()
+        assert code is None, f"{self} ended with {code}; its log:\n{self.log_text()[-4000:]}"
+        return True
+
+
+def health_of(address: str, service: str) -> str:
+    """What the health service at `address` says of `service`; "" when it does not answer."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=2, wait_for_ready=False
+            )
+        except grpc.RpcError:
+            return ""
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+StartProcess = Callable[..., ProcessUnderTest]
+
+
+@contextmanager
+def process_factory(folder: Path) -> Iterator[StartProcess]:
+    """`start(module, *flags, listen=…, env=…)`: whatever it starts is killed when the block ends.
+
+    Servers listen where the OS picks, unless `listen` names an address (to restart one where it was).
+    """
+    started: list[ProcessUnderTest] = []
+
+    def start(
+        module: str, *flags: str, listen: str | None = "127.0.0.1:0", env: dict[str, str] | None = None
+    ) -> ProcessUnderTest:
+        own = folder / f"{module.replace('.', '-')}-{len(started)}"
+        own.mkdir(parents=True)
+        address = ("--listen", listen) if listen is not None else ()
+        process = ProcessUnderTest(module, [*flags, *address, "--metrics-port", "auto"], own, env=env)
+        started.append(process)
+        return process
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
