@@ -28,13 +28,13 @@ if _version_not_supported:
 class PolicyServiceStub:
     """PolicyService serves named models: the policy, its frozen reference, and adapters.
 
-    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
-    it was published. GetModel tells which exist.
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which it
+    was published. GetModel tells which exist.
 
     Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
     after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
-    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
-    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of an
+    attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
     other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
     on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
     step or one scoring micro-batch.
@@ -48,9 +48,9 @@ class PolicyServiceStub:
     Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
-    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
-    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
-    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
+    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
+    "rlhf". A server checks in the order of this table and answers the first that applies.
 
     | code | reason | when | again? |
     |---|---|---|---|
@@ -101,13 +101,13 @@ class PolicyServiceStub:
 class PolicyServiceServicer:
     """PolicyService serves named models: the policy, its frozen reference, and adapters.
 
-    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
-    it was published. GetModel tells which exist.
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which it
+    was published. GetModel tells which exist.
 
     Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
     after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
-    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
-    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of an
+    attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
     other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
     on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
     step or one scoring micro-batch.
@@ -121,9 +121,9 @@ class PolicyServiceServicer:
     Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
-    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
-    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
-    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
+    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
+    "rlhf". A server checks in the order of this table and answers the first that applies.
 
     | code | reason | when | again? |
     |---|---|---|---|
@@ -210,13 +210,13 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 class PolicyService:
     """PolicyService serves named models: the policy, its frozen reference, and adapters.
 
-    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which
-    it was published. GetModel tells which exist.
+    Models. "" and "policy" name the policy, "reference" the frozen reference; each adapter has the name under which it
+    was published. GetModel tells which exist.
 
     Retries. No call has a side effect, so every call MAY be sent again. A client SHOULD do so with backoff and jitter
     after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries google.rpc.RetryInfo (and not before its delay), after
-    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of
-    an attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
+    CANCELLED that was not its own doing (some servers end calls so when they drain), and after DEADLINE_EXCEEDED of an
+    attempt. It MUST NOT retry RESOURCE_EXHAUSTED without RetryInfo: that is a message too large for one side. Every
     other status is final for the same request, but for WEIGHTS_BEHIND (see the table). A client SHOULD set a deadline
     on every call. A server MUST stop work for a call that was cancelled or whose deadline has passed within one decode
     step or one scoring micro-batch.
@@ -230,9 +230,9 @@ class PolicyService:
     Errors. A status is a gRPC code with google.rpc details; nothing in band tells of an error. The message is for
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
-    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path
-    within the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and
-    the domain "rlhf". A server checks in the order of this table and answers the first that applies.
+    file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
+    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
+    "rlhf". A server checks in the order of this table and answers the first that applies.
 
     | code | reason | when | again? |
     |---|---|---|---|

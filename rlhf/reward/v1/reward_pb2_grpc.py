@@ -28,9 +28,9 @@ if _version_not_supported:
 class RewardServiceStub:
     """RewardService turns completions into rewards.
 
-    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
-    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
-    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and "rlhf.reward.v1.RewardService"
+    SERVING while it judges. A server that loads or drains is NOT_SERVING and answers new calls UNAVAILABLE; a draining
+    one finishes those that it has accepted. It SHOULD offer server reflection.
 
     Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
     It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries
@@ -76,9 +76,9 @@ class RewardServiceStub:
 class RewardServiceServicer:
     """RewardService turns completions into rewards.
 
-    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
-    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
-    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and "rlhf.reward.v1.RewardService"
+    SERVING while it judges. A server that loads or drains is NOT_SERVING and answers new calls UNAVAILABLE; a draining
+    one finishes those that it has accepted. It SHOULD offer server reflection.
 
     Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
     It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries
@@ -104,8 +104,8 @@ class RewardServiceServicer:
     """
 
     def Score(self, request, context):
-        """Score judges a micro-batch. A server MUST answer within the call's deadline: what takes longer is PENDING. A server
-        SHOULD stop work for a call that was cancelled.
+        """Score judges a micro-batch. A server MUST answer within the call's deadline: what takes longer is PENDING. A
+        server SHOULD stop work for a call that was cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,9 +143,9 @@ def add_RewardServiceServicer_to_server(servicer, server):
 class RewardService:
     """RewardService turns completions into rewards.
 
-    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and
-    "rlhf.reward.v1.RewardService" SERVING while it judges. A server that loads or drains is NOT_SERVING and answers
-    new calls UNAVAILABLE; a draining one finishes those that it has accepted. It SHOULD offer server reflection.
+    Health. grpc.health.v1 has "" SERVING from the moment the process answers at all, and "rlhf.reward.v1.RewardService"
+    SERVING while it judges. A server that loads or drains is NOT_SERVING and answers new calls UNAVAILABLE; a draining
+    one finishes those that it has accepted. It SHOULD offer server reflection.
 
     Retries. Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company.
     It SHOULD do so with backoff and jitter after UNAVAILABLE, after RESOURCE_EXHAUSTED that carries

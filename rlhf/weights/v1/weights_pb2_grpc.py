@@ -33,8 +33,8 @@ class WeightsServiceStub:
     "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
 
     Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
-    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
-    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
+    does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
     Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
     UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
@@ -84,8 +84,8 @@ class WeightsServiceServicer:
     "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
 
     Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
-    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
-    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
+    does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
     Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
     UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
@@ -155,8 +155,8 @@ class WeightsService:
     "rlhf.policy.v1.PolicyService" is NOT_SERVING because it waits for the first one. A draining server is NOT_SERVING.
 
     Retries. Both calls are idempotent. A writer MAY send an update again under its update_id after UNAVAILABLE,
-    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before
-    it does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
+    CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
+    does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
     Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
     UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
