@@ -7,17 +7,18 @@ Exit codes: 0 finished; 78 settings, data, folder or servers that don't fit the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from rlhf.config import load_settings
+from rlhf.config import EX_CONFIG, load_settings
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
+from rlhf.metrics import serve_metrics
+from rlhf.server import announce
 from trainer.settings import TrainerSettings
 
 _log = get_logger(__name__)
-
-CONFIGURATION_ERROR = 78
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,14 +43,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     waits = WaitBoard(metrics)
     live = wants_live_display(settings.log_format)
     try:
-        with lock_run_folder(settings.run_dir), Progress(steps=settings.steps, waits=waits, live=live) as progress:
+        with (
+            lock_run_folder(settings.run_dir),
+            _metrics_endpoint(settings),
+            Progress(steps=settings.steps, waits=waits, live=live) as progress,
+        ):
             return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
     except (SettingsError, RunFolderError, PromptDataError, CheckpointError, PinError, ImportError) as error:
         _log.error(str(error))
-        return CONFIGURATION_ERROR
+        return EX_CONFIG
     except (RpcFailure, BrokenServerError, PublishError, RewardChangedError, NonFiniteLossError) as error:
         _log.error(f"the run stops: {error}")
         return 1
+
+
+@contextlib.contextmanager
+def _metrics_endpoint(settings: TrainerSettings) -> Iterator[None]:
+    endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host)
+    try:
+        if settings.endpoint_file is not None:
+            announce(settings.endpoint_file, address=None, metrics_url=endpoint.url if endpoint is not None else None)
+        yield
+    finally:
+        if endpoint is not None:
+            endpoint.close()
 
 
 if __name__ == "__main__":

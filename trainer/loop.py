@@ -228,9 +228,9 @@ class TrainingLoop:
         for reason, count in dropped.items():
             parts.metrics.samples_dropped.labels(reason=reason).inc(count)
         tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
-        numbers = {
-            **numbers,
-            **_rollout_statistics(rollouts),
+        numbers = {**numbers, **_rollout_statistics(rollouts)}
+        parts.metrics.set_statistics(numbers)
+        numbers |= {
             "samples/trained": len(lines) - dropped.total(),
             "samples/dropped": dropped.total(),
             **{f"samples/dropped_{reason}": count for reason, count in dropped.items()},
@@ -247,7 +247,6 @@ class TrainingLoop:
         parts.metrics.generated_tokens.inc(tokens)
         parts.metrics.tokens_per_second.set(tokens / seconds)
         parts.metrics.samples_trained.inc(len(lines) - dropped.total())
-        parts.metrics.set_statistics(numbers)
         self._track(step, numbers)
         parts.progress.step_done(step, numbers)
 
