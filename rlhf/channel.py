@@ -1,52 +1,52 @@
-"""The client's side of a connection: limits, keepalive, retries that say what they wait for."""
+"""The client's side of a call: channels, retries of idempotent calls, and waiting that says what it waits for.
+
+Retries are made here and not by gRPC's service config, which never sends a large request twice (one of 1 MiB got a
+single attempt, without a word).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from rlhf import failures
+from rlhf.failures import RpcFailure, from_rpc_error, is_transient
 from rlhf.logs import get_logger
-
-log = get_logger(__name__)
 
 T = TypeVar("T")
 
-METADATA_KEYS = {"run_id": "x-rlhf-run-id", "step": "x-rlhf-step", "request_id": "x-request-id"}
-"""Log context → the gRPC metadata key that carries it to a server."""
+DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 
-LOG_EVERY_SECONDS = 5.0
+RUN_ID_KEY = "x-rlhf-run-id"
+STEP_KEY = "x-rlhf-step"
+REQUEST_ID_KEY = "x-request-id"
 
+# rlhf/server.py allows pings this often; a server that does not would drop the connection.
+KEEPALIVE_SECONDS = 30
+_KEEPALIVE_TIMEOUT_SECONDS = 20
 
-def open_channel(target: str, *, max_message_bytes: int = 64 << 20) -> grpc.aio.Channel:
-    """A plaintext channel to `target` ("host:port" or any gRPC name) with messages bounded to `max_message_bytes`."""
-    return grpc.aio.insecure_channel(
-        target,
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.keepalive_time_ms", 30_000),  # above every server's minimum of 10 s
-            ("grpc.keepalive_timeout_ms", 20_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
-            ("grpc.enable_retries", 0),  # retries are ours: gRPC never retries a large unary call
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 5_000),
-        ],
-    )
+_CHECK_SECONDS = 5.0
+_LOG_EVERY_SECONDS = 5.0
+_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+_log = get_logger(__name__)
+# Of its own, so that jitter never moves the random numbers of a run.
+_random = random.Random()
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Exponential backoff in seconds, each wait spread by ±jitter; attempts None = for as long as it takes."""
+    """Seconds between attempts: `initial`, then times `multiplier` up to `maximum`, each ± `jitter` of itself.
+
+    attempts: most attempts altogether; None = until it succeeds or fails for good.
+    """
 
     initial: float = 0.2
     maximum: float = 10.0
@@ -54,15 +54,10 @@ class RetryPolicy:
     jitter: float = 0.2
     attempts: int | None = None
 
-    def delay(self, attempt: int) -> float:
-        """Seconds to wait after failed attempt number `attempt` (from 1)."""
-        delay = min(self.maximum, self.initial * self.multiplier ** min(attempt - 1, 64))
-        return delay * random.uniform(1 - self.jitter, 1 + self.jitter)
-
 
 @dataclass(frozen=True)
 class Waiting:
-    """What a client waits for, for people and metrics: on what, where, since when (seconds), and why."""
+    """A wait that goes on: `reason` is the last attempt's failure, `since_seconds` the time since the first attempt."""
 
     on: str
     target: str
@@ -74,42 +69,70 @@ class Waiting:
 OnWait = Callable[[Waiting], None]
 
 
+def open_channel(target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+    """A channel without TLS to "host:port" or any other name that gRPC resolves; nothing is connected yet.
+
+    max_message_bytes: largest message either way; the server's own limit applies too.
+    """
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_SECONDS * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # gRPC's own maximum of two minutes would hide a restarted server that long.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    if target.startswith(_LOOPBACK):
+        # A proxy from the environment can't reach this machine's loopback.
+        options.append(("grpc.enable_http_proxy", 0))
+    return grpc.aio.insecure_channel(target, options=options)
+
+
 def call_metadata(
     *, run_id: str | None = None, step: int | None = None, request_id: str | None = None
 ) -> tuple[tuple[str, str], ...]:
-    """gRPC metadata that puts run id, step and request id on the server's log lines."""
-    values = {"run_id": run_id, "step": step, "request_id": request_id}
-    return tuple((METADATA_KEYS[name], str(value)) for name, value in values.items() if value is not None)
+    """Metadata by which the server's log lines name the run, the step and the request; None = left out."""
+    given = ((RUN_ID_KEY, run_id), (STEP_KEY, step), (REQUEST_ID_KEY, request_id))
+    # Metadata is ASCII; the server undoes the quoting.
+    return tuple((key, quote(str(value), safe=" /:@+,;=")) for key, value in given if value is not None)
 
 
 async def call_with_retry(
     call: Callable[[], Awaitable[T]],
     *,
-    policy: RetryPolicy | None = None,
+    policy: RetryPolicy,
     what: str,
     target: str = "",
     on_wait: OnWait | None = None,
 ) -> T:
-    """Await `call()` again after each transient failure; the last failure is raised as RpcFailure.
+    """The result of `call`, made again while it fails with a code that may pass; `call` sets its own deadline.
 
-    `call` makes one idempotent attempt, with a deadline of its own. Final failures are raised at once. The server's
-    RetryInfo is the least wait. Cancelling the caller ends it: only a CANCELLED that the server sent is retried.
+    `what` and `target` say on whom this waits: told to `on_wait` before each pause, else logged every few seconds.
+    Raises RpcFailure for what is final, and after the last of `policy.attempts`. Cancelling the task that awaits this
+    ends it; a CANCELLED that the server answers (Java does when it drains) is tried again.
     """
-    policy = policy or RetryPolicy()
-    reporter = _Reporter(what, target, on_wait)
-    attempt = 0
+    wait = _Wait(what, target, on_wait)
+    delay = policy.initial
     while True:
-        attempt += 1
+        wait.attempt += 1
         try:
             return await call()
-        except failures.RpcFailure as error:
-            failure = error
-        except grpc.RpcError as error:
-            failure = failures.from_rpc_error(error)
-        if not failures.is_transient(failure) or (policy.attempts is not None and attempt >= policy.attempts):
-            raise failure
-        reporter.report(attempt, str(failure))
-        await asyncio.sleep(max(policy.delay(attempt), failure.retry_after or 0.0))
+        except (grpc.RpcError, RpcFailure) as error:
+            failure = error if isinstance(error, RpcFailure) else from_rpc_error(error)
+            if not is_transient(failure) or wait.attempt == policy.attempts:
+                if failure is error:
+                    raise
+                raise failure from error
+            pause = delay * (1 + _random.uniform(-policy.jitter, policy.jitter))
+            if failure.retry_after is not None:
+                pause = max(pause, failure.retry_after * (1 + _random.uniform(0, policy.jitter)))
+            wait.report(str(failure))
+        await asyncio.sleep(pause)
+        delay = min(policy.maximum, delay * policy.multiplier)
 
 
 async def wait_until_ready(
@@ -118,51 +141,69 @@ async def wait_until_ready(
     *,
     what: str,
     target: str = "",
-    timeout: float | None = None,  # noqa: ASYNC109 - it bounds the waits, not one await
+    timeout: float | None,  # noqa: ASYNC109 - the message of the TimeoutError says more than asyncio.timeout's
     on_wait: OnWait | None = None,
 ) -> None:
-    """Ask `grpc.health.v1` until `service` is SERVING; raises TimeoutError, saying on what, after `timeout` seconds."""
-    stub = health_pb2_grpc.HealthStub(channel)
-    policy = RetryPolicy(initial=0.05, maximum=1.0)
-    reporter = _Reporter(what, target, on_wait)
-    began, attempt = monotonic(), 0
+    """Until the server's health says that `service` (a full name) serves; "" = until the server is alive.
+
+    timeout: seconds, None = no limit. Raises TimeoutError naming what was waited for and why, RpcFailure for an answer
+    that will not change (a server without grpc.health.v1). Waits are told as in `call_with_retry`.
+    """
+    stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+    request = health_pb2.HealthCheckRequest(service=service)
+    wait = _Wait(what, target, on_wait)
+    delay = 0.05
     while True:
-        attempt += 1
+        wait.attempt += 1
+        remaining = _CHECK_SECONDS if timeout is None else max(timeout - wait.seconds(), 0.001)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
+            answer = await stub.Check(request, timeout=min(_CHECK_SECONDS, remaining))
             if answer.status == health_pb2.HealthCheckResponse.SERVING:
                 return
-            reason = f"its health is {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
+            reason = f"{service or 'the server'} is {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
         except grpc.RpcError as error:
-            reason = str(failures.from_rpc_error(error))
-        reporter.report(attempt, reason)
-        delay = policy.delay(attempt)
-        if timeout is not None and monotonic() + delay - began > timeout:
-            where = f" at {target}" if target else ""
-            raise TimeoutError(f"{what}{where} was not ready within {timeout:g} s: {reason}")
-        await asyncio.sleep(delay)
+            failure = from_rpc_error(error)
+            if failure.code is grpc.StatusCode.NOT_FOUND:
+                reason = f"the server does not know {service}"
+            elif is_transient(failure):
+                reason = str(failure)
+            else:
+                raise failure from error
+        if timeout is not None and wait.seconds() + delay >= timeout:
+            raise TimeoutError(f"{wait.name()} was not ready within {timeout:g} seconds: {reason}")
+        wait.report(reason)
+        await asyncio.sleep(delay * (1 + _random.uniform(0, 0.2)))
+        delay = min(1.0, delay * 2)
 
 
-class _Reporter:
-    """Tells a caller who listens of every wait, else the log of one now and then."""
+class _Wait:
+    """Counts the attempts of one wait and tells about it."""
 
-    def __init__(self, what: str, target: str, on_wait: OnWait | None) -> None:
-        self._what, self._target, self._on_wait = what, target, on_wait
-        self._began = monotonic()
-        self._logged_at: float | None = None
+    def __init__(self, on: str, target: str, on_wait: OnWait | None) -> None:
+        self.attempt = 0
+        self._on = on
+        self._target = target
+        self._on_wait = on_wait
+        self._began = time.monotonic()
+        self._said: float | None = None
 
-    def report(self, attempt: int, reason: str) -> None:
-        now = monotonic()
-        waiting = Waiting(self._what, self._target, now - self._began, attempt, reason)
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def name(self) -> str:
+        return f"{self._on} {self._target}".rstrip()
+
+    def report(self, reason: str) -> None:
+        waiting = Waiting(self._on, self._target, self.seconds(), self.attempt, reason)
         if self._on_wait is not None:
             self._on_wait(waiting)
             return
-        if self._logged_at is None or now - self._logged_at >= LOG_EVERY_SECONDS:
-            self._logged_at = now
-            log.warning(
-                "waiting",
-                on=waiting.on,
-                target=waiting.target,
-                since_seconds=round(waiting.since_seconds, 1),
+        now = time.monotonic()
+        if self._said is None or now - self._said >= _LOG_EVERY_SECONDS:
+            self._said = now
+            _log.warning(
+                f"waiting for {self.name()}",
                 reason=reason,
+                since_seconds=round(waiting.since_seconds, 1),
+                attempt=self.attempt,
             )
