@@ -49,21 +49,22 @@ class PolicyServiceStub:
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
     file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
-    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
-    "rlhf". A server checks in the order of this table and answers the first that applies.
+    the inner request starts with "request.". Every status SHOULD carry ErrorInfo with the domain "rlhf-services" and
+    the reason below; FAILED_PRECONDITION MUST. A server checks in the order of this table and answers the first that
+    applies.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
-    | NOT_FOUND | | `model` is not served; the path is "model" | no |
-    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
-    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 
     Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
     NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be
@@ -122,21 +123,22 @@ class PolicyServiceServicer:
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
     file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
-    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
-    "rlhf". A server checks in the order of this table and answers the first that applies.
+    the inner request starts with "request.". Every status SHOULD carry ErrorInfo with the domain "rlhf-services" and
+    the reason below; FAILED_PRECONDITION MUST. A server checks in the order of this table and answers the first that
+    applies.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
-    | NOT_FOUND | | `model` is not served; the path is "model" | no |
-    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
-    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 
     Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
     NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be
@@ -231,21 +233,22 @@ class PolicyService:
     people, under 2 KiB. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with one field_violation for each wrong field
     (a server MAY stop after the first few). A field path is relative to the request message and written as in this
     file: sampling.top_p, prompt.token_ids.ids[7], prompt.chat.messages[0].parts[2]. In StreamGenerate every path within
-    the inner request starts with "request.". FAILED_PRECONDITION carries ErrorInfo with the reason below and the domain
-    "rlhf". A server checks in the order of this table and answers the first that applies.
+    the inner request starts with "request.". Every status SHOULD carry ErrorInfo with the domain "rlhf-services" and
+    the reason below; FAILED_PRECONDITION MUST. A server checks in the order of this table and answers the first that
+    applies.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | not serving: loading, waiting for weights, draining | yes |
-    | NOT_FOUND | | `model` is not served; the path is "model" | no |
-    | INVALID_ARGUMENT | | a field is wrong; the path is at each field below | no |
+    | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
+    | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | FAILED_PRECONDITION | NO_CHAT_TEMPLATE | Prompt.chat, but the model has no chat template | no |
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: the queue is full, or memory is short | after the delay |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
-    | INTERNAL | | a fault of the server, logits that are not finite among them | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
+    | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 
     Metadata. A client MAY send x-rlhf-run-id, x-rlhf-step and x-request-id; a server writes them to its logs and MUST
     NOT let them change an answer. A cached prefix MUST NOT outlive the weights it was computed with, and MUST NOT be

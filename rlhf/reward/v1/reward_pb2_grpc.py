@@ -38,18 +38,18 @@ class RewardServiceStub:
     so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
     call. A client MUST NOT put a number in the place of an answer that it did not get.
 
-    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
-    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
-    what is wrong with one sample alone is its FAILED.
+    Errors. The code is a MUST, the google.rpc details are a SHOULD: ErrorInfo with the domain "rlhf-services" and the
+    reason below. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with the paths of the wrong fields, written as in this
+    file: samples[3].sample_id. A status is about the whole call; what is wrong with one sample alone is its FAILED.
 
-    | code | when | again? |
-    |---|---|---|
-    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
-    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
-    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
-    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
-    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
-    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | INTERNAL | a fault of the server that concerns the call, not one sample | no |
 
     Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
     x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.
@@ -86,18 +86,18 @@ class RewardServiceServicer:
     so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
     call. A client MUST NOT put a number in the place of an answer that it did not get.
 
-    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
-    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
-    what is wrong with one sample alone is its FAILED.
+    Errors. The code is a MUST, the google.rpc details are a SHOULD: ErrorInfo with the domain "rlhf-services" and the
+    reason below. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with the paths of the wrong fields, written as in this
+    file: samples[3].sample_id. A status is about the whole call; what is wrong with one sample alone is its FAILED.
 
-    | code | when | again? |
-    |---|---|---|
-    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
-    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
-    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
-    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
-    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
-    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | INTERNAL | a fault of the server that concerns the call, not one sample | no |
 
     Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
     x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.
@@ -153,18 +153,18 @@ class RewardService:
     so when they drain), and after DEADLINE_EXCEEDED. After any status but OK nothing is known of any sample of the
     call. A client MUST NOT put a number in the place of an answer that it did not get.
 
-    Errors. The code is a MUST, the google.rpc details are a SHOULD. INVALID_ARGUMENT and NOT_FOUND carry BadRequest
-    with the paths of the wrong fields, written as in this file: samples[3].sample_id. A status is about the whole call;
-    what is wrong with one sample alone is its FAILED.
+    Errors. The code is a MUST, the google.rpc details are a SHOULD: ErrorInfo with the domain "rlhf-services" and the
+    reason below. INVALID_ARGUMENT and NOT_FOUND carry BadRequest with the paths of the wrong fields, written as in this
+    file: samples[3].sample_id. A status is about the whole call; what is wrong with one sample alone is its FAILED.
 
-    | code | when | again? |
-    |---|---|---|
-    | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
-    | INVALID_ARGUMENT | a field is wrong; the path is at each field below | no |
-    | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
-    | RESOURCE_EXHAUSTED with RetryInfo | too many calls or samples at once | after the delay |
-    | RESOURCE_EXHAUSTED without RetryInfo | the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
-    | INTERNAL | a fault of the server that concerns the call, not one sample | no |
+    | code | reason | when | again? |
+    |---|---|---|---|
+    | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
+    | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: too many calls or samples at once | after the delay |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: the request is larger than max_request_bytes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no: cut it |
+    | INTERNAL | INTERNAL | a fault of the server that concerns the call, not one sample | no |
 
     Who calls is told by the call's credentials, never by a field. Metadata: a client MAY send x-rlhf-run-id,
     x-rlhf-step and x-request-id for the server's logs; they MUST NOT change a score.

@@ -36,24 +36,26 @@ class WeightsServiceStub:
     CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
     does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
-    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
-    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
-    answer before it has read the whole stream; a writer MUST stop sending then.
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo; FAILED_PRECONDITION and ABORTED MUST carry it.
+    Field paths are relative to the UpdateWeightsRequest that was wrong: begin.weights.run_id,
+    manifest.tensors[3].shape, chunk.offset. A server MAY answer before it has read the whole stream; a writer MUST stop
+    sending then.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | draining, or the swap was called off | yes |
-    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
-    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
+    | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
     | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
     | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
     | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
     | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
-    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+    | DATA_LOSS | DATA_LOSS | a hash does not match, or a file cannot be read | yes |
+    | INTERNAL | INTERNAL | a fault of the server | no |
 
     A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
@@ -87,24 +89,26 @@ class WeightsServiceServicer:
     CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
     does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
-    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
-    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
-    answer before it has read the whole stream; a writer MUST stop sending then.
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo; FAILED_PRECONDITION and ABORTED MUST carry it.
+    Field paths are relative to the UpdateWeightsRequest that was wrong: begin.weights.run_id,
+    manifest.tensors[3].shape, chunk.offset. A server MAY answer before it has read the whole stream; a writer MUST stop
+    sending then.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | draining, or the swap was called off | yes |
-    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
-    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
+    | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
     | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
     | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
     | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
     | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
-    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+    | DATA_LOSS | DATA_LOSS | a hash does not match, or a file cannot be read | yes |
+    | INTERNAL | INTERNAL | a fault of the server | no |
 
     A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
@@ -158,24 +162,26 @@ class WeightsService:
     CANCELLED that was not its own doing, DEADLINE_EXCEEDED, DATA_LOSS, and RESOURCE_EXHAUSTED with RetryInfo; before it
     does so it SHOULD ask GetWeights what became of it: an update was applied as a whole or not at all.
 
-    Errors are given as in PolicyService, with BadRequest and ErrorInfo (domain "rlhf"). Field paths are relative to the
-    UpdateWeightsRequest that was wrong: begin.weights.run_id, manifest.tensors[3].shape, chunk.offset. A server MAY
-    answer before it has read the whole stream; a writer MUST stop sending then.
+    Errors are given as in PolicyService, with BadRequest and ErrorInfo; FAILED_PRECONDITION and ABORTED MUST carry it.
+    Field paths are relative to the UpdateWeightsRequest that was wrong: begin.weights.run_id,
+    manifest.tensors[3].shape, chunk.offset. A server MAY answer before it has read the whole stream; a writer MUST stop
+    sending then.
 
     | code | reason | when | again? |
     |---|---|---|---|
-    | UNAVAILABLE | | draining, or the swap was called off | yes |
-    | NOT_FOUND | | a model that is not served; "begin.model", in GetWeights "model" | no |
-    | INVALID_ARGUMENT | | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | | a directory outside the server's root, or the server has no root | no |
-    | RESOURCE_EXHAUSTED | | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
-    | RESOURCE_EXHAUSTED | | with RetryInfo: memory is short now | after the delay |
+    | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
+    | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
+    | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
     | ABORTED | STALE_VERSION | `weights` is not above the live version of the same run; a newer trainer writes | no: stop |
     | FAILED_PRECONDITION | CURRENT_MISMATCH | `if_current` is set and not what is live | no: ask GetWeights |
     | FAILED_PRECONDITION | OTHER_RUN | another run's weights are live and `if_current` is unset | only with `if_current` |
     | ABORTED | UPDATE_IN_PROGRESS | another update has open streams, or another stream took over this part | with backoff |
-    | DATA_LOSS | | a hash does not match, or a file cannot be read | yes |
+    | DATA_LOSS | DATA_LOSS | a hash does not match, or a file cannot be read | yes |
+    | INTERNAL | INTERNAL | a fault of the server | no |
 
     A server checks `begin` as soon as it arrives, the version and `if_current` then and once more at the swap.
     """
