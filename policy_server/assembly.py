@@ -42,7 +42,6 @@ async def serve(settings: PolicySettings) -> None:
     )
     engine = await add_services(server, settings)
     await server.start()
-    _log.info("serving", address=server.address, metrics=server.metrics_url, managed=settings.managed)
     await server.run_until_signalled()
     await engine.stop(finish_within=0.0)
 
@@ -52,7 +51,7 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     began = time.perf_counter()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     models = load_models(
         settings.model,
         settings.reference,
@@ -72,12 +71,13 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     await engine.start()
     _log.info("loaded", model=settings.model, seconds=round(time.perf_counter() - began, 1))
 
-    server.register(POLICY_SERVICE, serving=not settings.managed)
+    server.register(POLICY_SERVICE, serving=False)
     server.register(WEIGHTS_SERVICE, serving=True)
     readiness = Readiness(
         partial(server.set_serving, POLICY_SERVICE),
         waiting_for="a trainer to publish its weights (UpdateWeights)" if settings.managed else None,
     )
+    server.on_drain(readiness.drain)
     policy_service = PolicyService(
         engine,
         PromptEncoder(models.tokenizer),
@@ -95,6 +95,6 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
         max_staging_bytes=settings.max_staging_bytes
         or sum(math.prod(parameter.shape) * 4 for parameter in engine.parameters()),
     )
-    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)  # type: ignore[no-untyped-call]
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)  # type: ignore[no-untyped-call]
     return engine

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 async def _generate(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
     async with open_channel(arguments.target) as channel:
-        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
         if (arguments.n or 1) > 1:
             answer = await stub.Generate(request, timeout=arguments.timeout)
             for completion in answer.completions:
@@ -72,7 +72,7 @@ async def _generate(arguments: argparse.Namespace) -> None:
 
 async def _model(arguments: argparse.Namespace) -> None:
     async with open_channel(arguments.target) as channel:
-        stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        stub = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
         answer = await stub.GetModel(policy_pb2.GetModelRequest(model=arguments.model), timeout=arguments.timeout)
     print(
         json_format.MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from policy_server.manifest import ManifestEntry
 from policy_server.staging import Staging
 from rlhf.failures import data_loss, invalid_argument, permission_denied
-from rlhf.tensors import dtype_from_name, xxh3_64
+from rlhf.tensors import dtype_name, xxh3_64
 
 _FIELD = "begin.directory.path"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -65,10 +65,9 @@ def fill_from_directory(staging: Staging, root: Path, folder: Path) -> None:
                 raise invalid_argument(_FIELD, f"{name[:200]!r} is in two files")
             places[name] = place
     for entry, view in zip(staging.entries, staging.views(), strict=True):
-        place = places.get(entry.name)
-        if place is None:
+        if entry.name not in places:
             raise invalid_argument(_FIELD, f"no file holds {entry.name!r}")
-        _read_tensor(place, entry, view)
+        _read_tensor(places[entry.name], entry, view)
 
 
 def _inside(root: Path, path: Path) -> Path:
@@ -83,7 +82,7 @@ def _inside(root: Path, path: Path) -> Path:
 
 
 def _read_tensor(place: _Place, entry: ManifestEntry, view: memoryview) -> None:
-    if dtype_from_name(place.dtype) != entry.dtype or place.shape != entry.shape:
+    if place.dtype != dtype_name(entry.dtype) or place.shape != entry.shape:
         raise invalid_argument(
             _FIELD, f"{entry.name!r} is {place.dtype} {place.shape} in its file, not what the manifest says"
         )

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from policy_server.engine.protocol import ParameterSpec
 from policy_server.validation import Violations
 from rlhf.failures import invalid_argument
-from rlhf.tensors import dtype_from_name
+from rlhf.tensors import byte_view, dtype_from_name
 from rlhf.weights.v1 import weights_pb2
 
 MAX_MANIFEST_BYTES = 1 << 20
+_SENDABLE = {name: dtype_from_name(name) for name in ("F32", "BF16", "F16", "F64")}
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,22 @@ class ManifestReader:
         self._parameters = {parameter.name: parameter for parameter in parameters}
         self._with_digests = with_digests
         self._entries: dict[str, ManifestEntry] = {}
+        self._begun = False
 
     def add(self, message: weights_pb2.Manifest) -> None:
         """Take one message. Raises invalid_argument."""
         if message.ByteSize() > MAX_MANIFEST_BYTES:
             raise invalid_argument("manifest", f"a manifest message holds at most {MAX_MANIFEST_BYTES} bytes")
+        self._begun = True
         violations = Violations()
         for index, spec in enumerate(message.tensors):
             self._add(violations, spec, f"manifest.tensors[{index}]")
         violations.raise_if_any()
+
+    @property
+    def begun(self) -> bool:
+        """At least one message came."""
+        return self._begun
 
     def finish(self, *, partial: bool, total_bytes: int) -> tuple[ManifestEntry, ...]:
         """All entries by their index. Raises invalid_argument when they are not what Begin announced."""
@@ -70,9 +79,9 @@ class ManifestReader:
         if spec.name in self._entries:
             violations.add(f"{path}.name", f"{spec.name!r} is listed twice")
             return
-        dtype = dtype_from_name(spec.dtype)
-        if dtype is None or not dtype.is_floating_point:
-            violations.add(f"{path}.dtype", f"{spec.dtype[:20]!r} is no floating-point dtype this server reads")
+        dtype = _SENDABLE.get(spec.dtype)
+        if dtype is None:
+            violations.add(f"{path}.dtype", f"{spec.dtype[:20]!r} is not among {', '.join(_SENDABLE)}")
             return
         shape = tuple(spec.shape)
         if shape != parameter.shape:
@@ -92,3 +101,17 @@ class ManifestReader:
                 "manifest.tensors",
                 f"{len(missing)} parameters are missing, {missing[0]!r} first; only a partial update leaves some out",
             )
+
+
+def require_equal_ties(parameters: Sequence[ParameterSpec], tensors: Mapping[str, Tensor]) -> None:
+    """Raise invalid_argument when one tensor was sent by two names with different bytes."""
+    sent: dict[str, str] = {}
+    for parameter in parameters:
+        if parameter.name not in tensors:
+            continue
+        twin = sent.setdefault(parameter.tied_to or parameter.name, parameter.name)
+        if twin == parameter.name:
+            continue
+        ours, theirs = tensors[parameter.name], tensors[twin]
+        if ours.dtype != theirs.dtype or byte_view(ours) != byte_view(theirs):
+            raise invalid_argument("manifest.tensors", f"{parameter.name!r} and {twin!r} are tied, but differ")

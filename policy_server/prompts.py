@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from policy_server.validation import Violations, check_ids
 from rlhf.failures import failed_precondition, invalid_argument
 from rlhf.policy.v1 import policy_pb2
 
-# Arguments of apply_chat_template that steer the rendering itself and are the server's alone; a `chat_template` of
-# the caller's above all: the server renders its model's template and no other.
-_RESERVED_ARGUMENTS = frozenset(
+# Arguments of apply_chat_template that steer the renderer, not the template, and are the server's alone; a
+# `chat_template` of the caller's above all: the server renders its model's template and no other.
+_RENDERERS_ARGUMENTS = frozenset(
     {
         "chat_template",
         "conversation",
@@ -32,8 +34,34 @@ _RESERVED_ARGUMENTS = frozenset(
         "truncation",
     }
 )
-_RESERVED_TURN_KEYS = frozenset({"role", "content"})
+_TURN_FIELDS = frozenset({"role", "content"})
 _LONGEST_QUOTE = 300
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns as a chat template takes them, and variables for it."""
+
+    turns: list[dict[str, Any]]
+    arguments: dict[str, Any]
+
+
+PromptSource = tuple[int, ...] | str | Conversation
+
+
+def read_prompt(violations: Violations, prompt: policy_pb2.Prompt, path: str, *, vocab_size: int) -> PromptSource:
+    """What is to be encoded of `prompt`, which stands at field path `path`; what is wrong goes to `violations`."""
+    kind = prompt.WhichOneof("kind")
+    if kind == "token_ids":
+        ids = tuple(prompt.token_ids.ids)
+        violations.check(bool(ids), f"{path}.token_ids.ids", "at least one token is required")
+        check_ids(violations, ids, f"{path}.token_ids.ids", vocab_size)
+        return ids
+    if kind == "chat":
+        return _read_chat(violations, prompt.chat, f"{path}.chat")
+    violations.check(kind == "text", path, "one of text, token_ids and chat is required")
+    violations.check(kind != "text" or bool(prompt.text), f"{path}.text", "must not be empty")
+    return prompt.text
 
 
 class PromptEncoder:
@@ -47,84 +75,75 @@ class PromptEncoder:
         self._tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
-    async def encode(self, prompt: policy_pb2.Prompt, *, path: str) -> tuple[int, ...]:
-        """Token ids of `prompt`, which stands at field path `path` of the request; their range is not checked here.
+    async def encode(self, source: PromptSource, *, path: str) -> tuple[int, ...]:
+        """Token ids of a prompt that `read_prompt` accepted at field path `path`; their range is not checked here.
 
-        Raises invalid_argument with the path of the offending field, failed_precondition NO_CHAT_TEMPLATE.
+        Raises failed_precondition NO_CHAT_TEMPLATE, and invalid_argument for a conversation that the template refuses
+        and for what encodes to no token.
         """
-        kind = prompt.WhichOneof("kind")
-        if kind == "token_ids":
-            ids: Sequence[int] = prompt.token_ids.ids
-        elif kind == "text":
-            ids = await self._on_thread(self._encode_text, prompt.text)
-        elif kind == "chat":
-            ids = await self._on_thread(self._encode_chat, prompt.chat, f"{path}.chat")
+        if isinstance(source, tuple):
+            return source
+        if isinstance(source, str):
+            path, ids = f"{path}.text", await self._on_thread(lambda: self._encode_text(source))
         else:
-            raise invalid_argument(path, "one of text, token_ids and chat is required")
+            path, ids = f"{path}.chat", await self._on_thread(lambda: self._encode_chat(source, f"{path}.chat"))
         if not ids:
-            field = f"{path}.token_ids.ids" if kind == "token_ids" else f"{path}.{kind}"
-            raise invalid_argument(field, "the prompt must hold at least one token")
-        return tuple(ids)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _on_thread(self, function: Any, *arguments: Any) -> list[int]:
-        ids: list[int] = await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+            raise invalid_argument(path, "holds nothing that the tokenizer makes a token of")
         return ids
 
-    def _encode_text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def _on_thread(self, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         # verbose: a prompt beyond model_max_length is refused by validation, the tokenizer need not warn as well
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return ids
+        return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def _encode_chat(self, chat: policy_pb2.Chat, path: str) -> list[int]:
-        # The template writes the special tokens itself.
-        return self._encode_text(self._render(chat, path), add_special_tokens=False)
-
-    def _render(self, chat: policy_pb2.Chat, path: str) -> str:
+    def _encode_chat(self, chat: Conversation, path: str) -> tuple[int, ...]:
         if not self._tokenizer.chat_template:
-            raise failed_precondition(
-                "NO_CHAT_TEMPLATE", "the model's tokenizer has no chat template: send text or token ids"
-            )
-        if not chat.messages:
-            raise invalid_argument(f"{path}.messages", "a conversation needs at least one message")
-        turns = [_turn(message, f"{path}.messages[{index}]") for index, message in enumerate(chat.messages)]
-        arguments = _json_object(chat.template_arguments_json, f"{path}.template_arguments_json")
-        for name in sorted(arguments.keys() & _RESERVED_ARGUMENTS):
-            raise invalid_argument(f"{path}.template_arguments_json", f"{name} is not an argument a caller may set")
-        arguments.setdefault("add_generation_prompt", True)
+            raise failed_precondition("NO_CHAT_TEMPLATE", "the model has no chat template: send text or token ids")
         try:
-            rendered: str = self._tokenizer.apply_chat_template(turns, tokenize=False, **arguments)
+            rendered = self._tokenizer.apply_chat_template(chat.turns, tokenize=False, **chat.arguments)
         except Exception as error:  # a template is a program: what it raises on this input is for the caller to mend
             raise invalid_argument(path, f"the chat template refused the conversation: {_quote(error)}") from error
-        return rendered
+        return self._encode_text(str(rendered), add_special_tokens=False)  # the template has written them
 
 
-def _turn(message: policy_pb2.ChatMessage, path: str) -> dict[str, Any]:
-    if not message.role:
-        raise invalid_argument(f"{path}.role", "a message needs a role")
-    texts = []
+def _read_chat(violations: Violations, chat: policy_pb2.Chat, path: str) -> Conversation:
+    violations.check(bool(chat.messages), f"{path}.messages", "at least one message is required")
+    turns = [
+        _read_turn(violations, message, f"{path}.messages[{index}]") for index, message in enumerate(chat.messages)
+    ]
+    path = f"{path}.template_arguments_json"
+    arguments = _read_json_object(violations, chat.template_arguments_json, path)
+    for name in sorted(arguments.keys() & _RENDERERS_ARGUMENTS):
+        violations.add(path, f"{name} is not for the caller to set")
+    return Conversation(turns, {"add_generation_prompt": True, **arguments})
+
+
+def _read_turn(violations: Violations, message: policy_pb2.ChatMessage, path: str) -> dict[str, Any]:
+    violations.check(bool(message.role), f"{path}.role", "required")
+    violations.check(bool(message.parts or message.extra_json), f"{path}.parts", "required without extra_json")
     for index, part in enumerate(message.parts):
-        if part.WhichOneof("kind") != "text":
-            raise invalid_argument(f"{path}.parts[{index}]", "a part must be text; its kind is unset or unknown here")
-        texts.append(part.text)
-    extra = _json_object(message.extra_json, f"{path}.extra_json")
-    for key in sorted(extra.keys() & _RESERVED_TURN_KEYS):
-        raise invalid_argument(f"{path}.extra_json", f"{key} has a field of its own")
-    return {"role": message.role, "content": "".join(texts), **extra}
+        violations.check(
+            part.WhichOneof("kind") == "text", f"{path}.parts[{index}]", "must be text; its kind is unset or unknown"
+        )
+    extra = _read_json_object(violations, message.extra_json, f"{path}.extra_json")
+    for key in sorted(extra.keys() & _TURN_FIELDS):
+        violations.add(f"{path}.extra_json", f"{key} has a field of its own")
+    return {"role": message.role, "content": "".join(part.text for part in message.parts), **extra}
 
 
-def _json_object(text: str, path: str) -> dict[str, Any]:
+def _read_json_object(violations: Violations, text: str, path: str) -> dict[str, Any]:
     if not text:
         return {}
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise invalid_argument(path, f"not JSON: {_quote(error)}") from error
+        violations.add(path, f"not JSON: {_quote(error)}")
+        return {}
     if not isinstance(value, dict):
-        raise invalid_argument(path, "must be a JSON object")
+        violations.add(path, "must be a JSON object")
+        return {}
     return value
 
 

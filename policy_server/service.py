@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
 
 from policy_server import metrics, validation
 from policy_server.engine import protocol
-from policy_server.prompts import PromptEncoder
+from policy_server.prompts import PromptEncoder, read_prompt
 from policy_server.readiness import Readiness
-from rlhf.failures import internal
+from rlhf.failures import RpcFailure, internal, not_found
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
 
 _FINISH_REASONS = {
     protocol.FinishReason.EOS: policy_pb2.FINISH_REASON_EOS,
@@ -23,6 +26,7 @@ _FINISH_REASONS = {
     protocol.FinishReason.ABORTED: policy_pb2.FINISH_REASON_ABORTED,
 }
 _SEEDS = 1 << 64
+_MOST_LOG_PROBS_TOKENS = 1 << 20
 WHOLE_COMPLETIONS = 1 << 32  # as a stream interval: more than any max_new_tokens
 
 
@@ -33,6 +37,11 @@ class Announcement:
     tokenizer_digest: str
     max_message_bytes: int
     default_max_new_tokens: int
+
+    @property
+    def max_log_probs_tokens(self) -> int:
+        """An answer holds two floats for each token at most, and must fit a message with room to spare."""
+        return min(self.max_message_bytes // 16, _MOST_LOG_PROBS_TOKENS)
 
 
 class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
@@ -53,11 +62,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._numbers = itertools.count(1)
 
     async def Generate(  # noqa: N802 - the contract's name
-        self, request: policy_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: policy_pb2.GenerateRequest, context: Context
     ) -> policy_pb2.GenerateResponse:
         """Complete one prompt n times."""
+        self._readiness.require()
         wanted = await self._wanted(
-            request, default_priority=protocol.Priority.BULK, stream_interval=WHOLE_COMPLETIONS, path=""
+            validation.Violations(),
+            request,
+            default_priority=protocol.Priority.BULK,
+            stream_interval=WHOLE_COMPLETIONS,
+            path="",
         )
         completions = [
             policy_pb2.Completion(index=index, seed=(wanted.sampling.seed + index) % _SEEDS)
@@ -72,14 +86,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return policy_pb2.GenerateResponse(prompt_token_ids=wanted.prompt_token_ids, completions=completions)
 
     async def StreamGenerate(  # noqa: N802
-        self, request: policy_pb2.StreamGenerateRequest, context: grpc.aio.ServicerContext
+        self, request: policy_pb2.StreamGenerateRequest, context: Context
     ) -> AsyncIterator[policy_pb2.StreamGenerateResponse]:
         """Complete one prompt n times, as deltas."""
-        inner = validation.require_request(request)
+        self._readiness.require()
+        violations = validation.Violations()
         wanted = await self._wanted(
-            inner,
+            violations,
+            validation.require_request(request),
             default_priority=protocol.Priority.INTERACTIVE,
-            stream_interval=validation.stream_interval(request),
+            stream_interval=validation.stream_interval(violations, request),
             path="request.",
         )
         arrived = time.perf_counter()
@@ -95,7 +111,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             prompt_token_ids = ()
 
     async def LogProbs(  # noqa: N802
-        self, request: policy_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
+        self, request: policy_pb2.LogProbsRequest, context: Context
     ) -> policy_pb2.LogProbsResponse:
         """Score given tokens."""
         self._readiness.require()
@@ -112,14 +128,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         )
 
     async def GetModel(  # noqa: N802
-        self, request: policy_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+        self, request: policy_pb2.GetModelRequest, context: Context
     ) -> policy_pb2.GetModelResponse:
         """Describe a model; answers while not serving."""
-        known = self._engine.describe(validation.model_name(request.model))
+        known = self._describe(request.model)
         return policy_pb2.GetModelResponse(
             model=known.model,
             weights=wire_version(known.weights),
-            weights_digest=known.weights_digest,
+            weights_digest="" if known.weights.run_id else known.weights_digest,
             serving_dtype=known.serving_dtype,
             tokenizer_digest=self._announcement.tokenizer_digest,
             vocab_size=known.vocab_size,
@@ -129,36 +145,39 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             max_message_bytes=self._announcement.max_message_bytes,
             logprobs=sorted(validation.LOGPROB_KINDS),
             max_completions=validation.MAX_COMPLETIONS,
-            max_log_probs_tokens=validation.MAX_LOG_PROBS_TOKENS,
+            max_log_probs_tokens=self._announcement.max_log_probs_tokens,
         )
 
     async def _wanted(
         self,
+        violations: validation.Violations,
         request: policy_pb2.GenerateRequest,
         *,
         default_priority: protocol.Priority,
         stream_interval: int,
         path: str,
     ) -> protocol.GenerationRequest:
-        self._readiness.require()
-        limits = self._limits(request.model)
-        ids = await self._prompts.encode(request.prompt, path=f"{path}prompt")
-        return validation.generation_request(
+        """What the engine is asked; the checks come in the order of the contract's table."""
+        limits = self._limits(request.model, path)
+        source = read_prompt(violations, request.prompt, f"{path}prompt", vocab_size=limits.vocab_size)
+        wanted = validation.generation_request(
+            violations,
             request,
-            ids,
             limits,
             request_id=self._next_id(),
             default_priority=default_priority,
             stream_interval=stream_interval,
             path=path,
         )
+        violations.raise_if_any()
+        ids = await self._prompts.encode(source, path=f"{path}prompt")
+        validation.check_room(ids, wanted.completion_prefix, limits, path=f"{path}prompt")
+        return replace(wanted, prompt_token_ids=ids)
 
-    async def _deltas(
-        self, wanted: protocol.GenerationRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[protocol.TokenDelta]:
+    async def _deltas(self, wanted: protocol.GenerationRequest, context: Context) -> AsyncIterator[protocol.TokenDelta]:
         """The engine's deltas of every completion to its end; a caller that goes away frees the engine's rows."""
         # A handler that is cancelled while it sends is not told before the garbage collector closes it.
-        context.add_done_callback(lambda _: self._engine.cancel(wanted.request_id))
+        context.add_done_callback(lambda _: self._engine.cancel(wanted.request_id))  # type: ignore[arg-type]
         unfinished = set(range(wanted.sampling.n))
         async for delta in self._engine.submit(wanted):
             if delta.finish_reason is not None:
@@ -167,13 +186,22 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         if unfinished:
             raise internal(f"the engine left {len(unfinished)} of {wanted.sampling.n} completions unfinished")
 
-    def _limits(self, model: str) -> validation.Limits:
-        known = self._engine.describe(validation.model_name(model))
+    def _limits(self, model: str, path: str = "") -> validation.Limits:
+        known = self._describe(model, path)
         return validation.Limits(
             vocab_size=known.vocab_size,
             max_context_tokens=known.max_context_tokens,
             default_max_new_tokens=self._announcement.default_max_new_tokens,
+            max_log_probs_tokens=self._announcement.max_log_probs_tokens,
         )
+
+    def _describe(self, model: str, path: str = "") -> protocol.ModelDescription:
+        try:
+            return self._engine.describe(validation.model_name(model))
+        except RpcFailure as failure:
+            if failure.code is not grpc.StatusCode.NOT_FOUND:
+                raise
+            raise not_found(f"{path}model", f"model {model[:64]!r}") from failure
 
     def _next_id(self) -> str:
         # Not the caller's x-request-id, which a retry or a second caller may send again while the first still runs.

@@ -13,7 +13,7 @@ from policy_server import metrics
 from policy_server.engine.protocol import InFlight, WeightsVersion
 from policy_server.manifest import ManifestEntry
 from policy_server.staging import Staging
-from rlhf.failures import aborted, invalid_argument
+from rlhf.failures import aborted, invalid_argument, overloaded
 
 # Far beyond what a writer may still repeat; a still older update is refused as stale by its version all the same.
 _REMEMBERED_UPDATES = 10_000
@@ -71,9 +71,13 @@ class Update:
         if self.manifest is None:
             self.manifest = digest
         elif self.manifest != digest:
-            raise invalid_argument("manifest", f"not the manifest that update {self.opening.update_id!r} had before")
+            field = "manifest" if self.state is UpdateState.STAGING else "begin.update_id"
+            raise invalid_argument(field, f"not the manifest that update {self.opening.update_id!r} had before")
         if self.state is UpdateState.STAGING and self.staging is None:
-            self.staging = Staging(entries)
+            try:
+                self.staging = Staging(entries)
+            except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
+                raise overloaded("no memory to stage the update now", retry_after=5.0) from error
             metrics.STAGED_BYTES.set(self.staging.size)
 
 
@@ -97,7 +101,7 @@ class UpdateBook:
         update = self._updates.get(opening.update_id)
         if update is not None and update.state is not UpdateState.FAILED:
             if update.opening.content != opening.content:
-                raise invalid_argument("begin", f"update {opening.update_id!r} began before with something else")
+                raise invalid_argument("begin.update_id", f"update {opening.update_id!r} began with something else")
         else:
             self._make_way(opening)
             update = self._current = self._updates[opening.update_id] = Update(opening)

@@ -1,6 +1,6 @@
 """From protobuf requests to the engine's own types, or INVALID_ARGUMENT with the path of every wrong field.
 
-What a mistake costs the caller is written in the .proto files; this module is where the server keeps that promise.
+What each mistake costs the caller is written in the .proto files; this module is where the server keeps that promise.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ _MOST_VIOLATIONS = 10
 POLICY = "policy"
 LOGPROB_KINDS = frozenset({policy_pb2.LOG_PROB_KIND_RAW, policy_pb2.LOG_PROB_KIND_PROCESSED})
 MAX_COMPLETIONS = 1024
-MAX_LOG_PROBS_TOKENS = 1 << 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_BYTES = 256
+MAX_RUN_ID_BYTES = 256
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are checked against; token counts unless said otherwise."""
+    """What requests to a model are checked against, in tokens."""
 
     vocab_size: int
     max_context_tokens: int
     default_max_new_tokens: int
+    max_log_probs_tokens: int
 
 
 class Violations:
@@ -59,16 +62,9 @@ def model_name(model: str) -> str:
     return model or POLICY
 
 
-def require_request(message: policy_pb2.StreamGenerateRequest) -> policy_pb2.GenerateRequest:
-    """The request inside a streaming request."""
-    if not message.HasField("request"):
-        raise invalid_argument("request", "required")
-    return message.request
-
-
 def generation_request(
+    violations: Violations,
     message: policy_pb2.GenerateRequest,
-    prompt_token_ids: tuple[int, ...],
     limits: Limits,
     *,
     request_id: str,
@@ -76,55 +72,53 @@ def generation_request(
     stream_interval: int,
     path: str,
 ) -> protocol.GenerationRequest:
-    """What the engine is asked for `message`, whose prompt was encoded to `prompt_token_ids`.
+    """What the engine is asked for `message`, but for the ids of its prompt, which are still to be made.
 
-    `path` is the prefix of every field path ("request." inside a streaming request). Raises invalid_argument.
+    `path` is the prefix of every field path ("request." inside a streaming request).
     """
-    violations = Violations()
-    prompt_field = f"{path}prompt.{message.prompt.WhichOneof('kind')}"
-    if message.prompt.WhichOneof("kind") == "token_ids":
-        prompt_field += ".ids"
-    _check_ids(violations, prompt_token_ids, prompt_field, limits.vocab_size)
-    _check_ids(violations, message.completion_prefix, f"{path}completion_prefix", limits.vocab_size)
-    room = limits.max_context_tokens - len(prompt_token_ids) - len(message.completion_prefix)
-    too_long = message.completion_prefix if len(prompt_token_ids) < limits.max_context_tokens else None
-    violations.check(
-        room >= 1,
-        f"{path}completion_prefix" if too_long else prompt_field,
-        f"{len(prompt_token_ids)} prompt tokens and {len(message.completion_prefix)} of the completion leave no room"
-        f" for another within the {limits.max_context_tokens} tokens of the model's context",
-    )
     sampling = _sampling(violations, message.sampling, limits, f"{path}sampling")
-    if message.completion_prefix:
+    prefix = tuple(message.completion_prefix)
+    if prefix:
+        check_ids(violations, prefix, f"{path}completion_prefix", limits.vocab_size)
         violations.check(sampling.n == 1, f"{path}sampling.n", "must be 1 with a completion_prefix")
         violations.check(
-            len(message.completion_prefix) < sampling.max_new_tokens,
+            len(prefix) < max(sampling.max_new_tokens, 1),
             f"{path}completion_prefix",
-            f"its {len(message.completion_prefix)} tokens leave none of max_new_tokens = {sampling.max_new_tokens}",
+            f"its {len(prefix)} tokens leave none of max_new_tokens = {sampling.max_new_tokens}",
         )
     for index, kind in enumerate(message.logprobs):
         violations.check(
-            kind in LOGPROB_KINDS, f"{path}logprobs[{index}]", f"{_kind_name(kind)} is not a kind GetModel lists"
+            kind in LOGPROB_KINDS and kind not in message.logprobs[:index],
+            f"{path}logprobs[{index}]",
+            f"{_kind_name(kind)} is no kind that GetModel lists, or is repeated",
         )
-    violations.check(
-        message.priority in policy_pb2.Priority.values(),
-        f"{path}priority",
-        f"{message.priority} is not a priority this server knows",
-    )
-    weights = _precondition(message.weights)
-    violations.raise_if_any()
+    priority_known = message.priority in policy_pb2.Priority.values()
+    violations.check(priority_known, f"{path}priority", f"{message.priority} is unknown here")
     return protocol.GenerationRequest(
         request_id=request_id,
         model=model_name(message.model),
-        prompt_token_ids=prompt_token_ids,
+        prompt_token_ids=(),
         sampling=sampling,
-        completion_prefix=tuple(message.completion_prefix),
+        completion_prefix=prefix,
         raw_logprobs=policy_pb2.LOG_PROB_KIND_RAW in message.logprobs,
         processed_logprobs=policy_pb2.LOG_PROB_KIND_PROCESSED in message.logprobs,
-        weights=weights,
-        priority=protocol.Priority(message.priority) if message.priority else default_priority,
+        weights=_precondition(violations, message, path),
+        priority=protocol.Priority(message.priority) if message.priority and priority_known else default_priority,
         stream_interval=stream_interval,
     )
+
+
+def check_room(prompt: Sequence[int], prefix: Sequence[int], limits: Limits, *, path: str) -> None:
+    """Raise invalid_argument unless a token fits after prompt and prefix, and the prompt's ids are the model's."""
+    violations = Violations()
+    check_ids(violations, prompt, path, limits.vocab_size)  # a tokenizer may know more ids than its model
+    violations.check(
+        len(prompt) + len(prefix) < limits.max_context_tokens,
+        path,
+        f"its {len(prompt)} tokens and {len(prefix)} of completion_prefix leave no room for one more within"
+        f" max_context_tokens = {limits.max_context_tokens}",
+    )
+    violations.raise_if_any()
 
 
 def scoring_request(message: policy_pb2.LogProbsRequest, limits: Limits, *, request_id: str) -> protocol.ScoringRequest:
@@ -137,21 +131,23 @@ def scoring_request(message: policy_pb2.LogProbsRequest, limits: Limits, *, requ
         prompt, completion = tuple(sequence.prompt_token_ids), tuple(sequence.completion_token_ids)
         for ids, name in ((prompt, "prompt_token_ids"), (completion, "completion_token_ids")):
             violations.check(bool(ids), f"{path}.{name}", "at least one token is required")
-            _check_ids(violations, ids, f"{path}.{name}", limits.vocab_size)
+            check_ids(violations, ids, f"{path}.{name}", limits.vocab_size)
         length = len(prompt) + len(completion)
         violations.check(
             length <= limits.max_context_tokens,
             path,
-            f"{length} tokens, but the model's context holds {limits.max_context_tokens}",
+            f"{length} tokens are more than max_context_tokens = {limits.max_context_tokens}",
         )
         sequences.append((prompt, completion))
     total = sum(len(prompt) + len(completion) for prompt, completion in sequences)
     violations.check(
-        total <= MAX_LOG_PROBS_TOKENS, "sequences", f"{total} tokens, but one call takes {MAX_LOG_PROBS_TOKENS}"
+        total <= limits.max_log_probs_tokens,
+        "sequences",
+        f"{total} tokens are more than max_log_probs_tokens = {limits.max_log_probs_tokens}",
     )
     temperature = message.temperature if message.HasField("temperature") else 1.0
     violations.check(math.isfinite(temperature) and temperature > 0, "temperature", "must be finite and above 0")
-    weights = _precondition(message.weights)
+    weights = _precondition(violations, message, "")
     violations.raise_if_any()
     return protocol.ScoringRequest(
         request_id=request_id,
@@ -163,18 +159,31 @@ def scoring_request(message: policy_pb2.LogProbsRequest, limits: Limits, *, requ
     )
 
 
-def stream_interval(message: policy_pb2.StreamGenerateRequest) -> int:
-    """Least number of new tokens per message of a completion."""
+def require_request(message: policy_pb2.StreamGenerateRequest) -> policy_pb2.GenerateRequest:
+    """The request inside a streaming request."""
+    if not message.HasField("request"):
+        raise invalid_argument("request", "required")
+    return message.request
+
+
+def stream_interval(violations: Violations, message: policy_pb2.StreamGenerateRequest) -> int:
+    """Fewest new tokens in a message of a completion."""
     if not message.HasField("stream_interval"):
         return 1
-    if message.stream_interval < 1:
-        raise invalid_argument("stream_interval", "must be at least 1")
+    violations.check(message.stream_interval >= 1, "stream_interval", "must be at least 1")
     return message.stream_interval
 
 
 def weights_version(message: policy_pb2.WeightsVersion) -> protocol.WeightsVersion:
     """The engine's form of a version."""
     return protocol.WeightsVersion(message.run_id, message.incarnation, message.version)
+
+
+def check_ids(violations: Violations, ids: Sequence[int], path: str, vocab_size: int) -> None:
+    """Note the first id that the model has no column for."""
+    if ids and max(ids) >= vocab_size:
+        index = next(index for index, token in enumerate(ids) if token >= vocab_size)
+        violations.add(f"{path}[{index}]", f"token id {ids[index]} is not below vocab_size = {vocab_size}")
 
 
 def _sampling(
@@ -195,11 +204,18 @@ def _sampling(
     violations.check(
         message.min_new_tokens <= max_new, f"{path}.min_new_tokens", f"must be at most max_new_tokens = {max_new}"
     )
+    violations.check(
+        len(message.stop_strings) <= MAX_STOP_STRINGS, f"{path}.stop_strings", f"at most {MAX_STOP_STRINGS} are taken"
+    )
     for index, text in enumerate(message.stop_strings):
-        violations.check(bool(text), f"{path}.stop_strings[{index}]", "must not be empty")
-    _check_ids(violations, message.stop_token_ids, f"{path}.stop_token_ids", limits.vocab_size)
+        violations.check(
+            1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES,
+            f"{path}.stop_strings[{index}]",
+            f"must hold from 1 to {MAX_STOP_STRING_BYTES} bytes of UTF-8",
+        )
+    check_ids(violations, message.stop_token_ids, f"{path}.stop_token_ids", limits.vocab_size)
     n = message.n if message.HasField("n") else 1
-    violations.check(1 <= n <= MAX_COMPLETIONS, f"{path}.n", f"must be from 1 to {MAX_COMPLETIONS}")
+    violations.check(1 <= n <= MAX_COMPLETIONS, f"{path}.n", f"must be from 1 to max_completions = {MAX_COMPLETIONS}")
     return protocol.Sampling(
         temperature=temperature,
         top_k=message.top_k,
@@ -215,19 +231,16 @@ def _sampling(
     )
 
 
-def _precondition(message: policy_pb2.WeightsPrecondition) -> protocol.WeightsPrecondition:
-    rule = message.WhichOneof("rule")
+def _precondition(
+    violations: Violations, message: policy_pb2.GenerateRequest | policy_pb2.LogProbsRequest, path: str
+) -> protocol.WeightsPrecondition:
+    if not message.HasField("weights"):
+        return protocol.WeightsPrecondition()
+    rule = message.weights.WhichOneof("rule")
+    violations.check(rule is not None, f"{path}weights.rule", "exact or min is required")
     if rule == "exact":
-        return protocol.WeightsPrecondition(exact=weights_version(message.exact))
-    if rule == "min":
-        return protocol.WeightsPrecondition(minimum=weights_version(message.min))
-    return protocol.WeightsPrecondition()
-
-
-def _check_ids(violations: Violations, ids: Sequence[int], path: str, vocab_size: int) -> None:
-    if ids and max(ids) >= vocab_size:
-        index = next(index for index, token in enumerate(ids) if token >= vocab_size)
-        violations.add(f"{path}[{index}]", f"token id {ids[index]} is not below the vocabulary size {vocab_size}")
+        return protocol.WeightsPrecondition(exact=weights_version(message.weights.exact))
+    return protocol.WeightsPrecondition(minimum=weights_version(message.weights.min))
 
 
 def _kind_name(kind: int) -> str:

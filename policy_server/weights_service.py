@@ -12,18 +12,19 @@ import grpc
 
 from policy_server import metrics
 from policy_server.directory import fill_from_directory, resolve_below
-from policy_server.engine.protocol import Engine, InFlight, WeightsVersion
+from policy_server.engine.protocol import Engine, InFlight, ModelDescription, WeightsVersion
 from policy_server.engine.versions import check_swap
-from policy_server.manifest import ManifestReader
+from policy_server.manifest import ManifestReader, require_equal_ties
 from policy_server.readiness import Readiness
-from policy_server.service import wire_version
+from policy_server.service import Context, wire_version
 from policy_server.updates import Opening, Update, UpdateBook, UpdateState
-from policy_server.validation import POLICY, Violations, model_name, weights_version
-from rlhf.failures import aborted, invalid_argument, too_large, unavailable
+from policy_server.validation import MAX_RUN_ID_BYTES, POLICY, Violations, model_name, weights_version
+from rlhf.failures import RpcFailure, aborted, failed_precondition, invalid_argument, not_found, too_large, unavailable
 from rlhf.logs import get_logger
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 
 MAX_PARTS = 64
+MAX_UPDATE_ID_BYTES = 256
 
 _IN_FLIGHT = {
     weights_pb2.IN_FLIGHT_UNSPECIFIED: InFlight.RECOMPUTE,
@@ -56,10 +57,11 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         metrics.show_live_weights(self._live())
 
     async def UpdateWeights(  # noqa: N802 - the contract's name
-        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
     ) -> weights_pb2.UpdateWeightsResponse:
         """Stage one part of an update; the last part's commit verifies and swaps."""
         messages = aiter(request_iterator)
+        self._readiness.require_not_draining()
         opening = await self._begin(messages)
         self._settle(opening.update_id)
         former = self._updates.find(opening.update_id)
@@ -76,10 +78,10 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.UpdateWeightsResponse(state=_STATES[update.state], live=wire_version(self._live()))
 
     async def GetWeights(  # noqa: N802
-        self, request: weights_pb2.GetWeightsRequest, context: grpc.aio.ServicerContext
+        self, request: weights_pb2.GetWeightsRequest, context: Context
     ) -> weights_pb2.GetWeightsResponse:
         """What is live, and what became of an update."""
-        live = self._engine.describe(model_name(request.model)).weights
+        live = self._describe(request.model, "model").weights
         self._settle(request.update_id)
         update = self._updates.find(request.update_id)
         return weights_pb2.GetWeightsResponse(
@@ -94,18 +96,26 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
 
     async def _begin(self, messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> Opening:
         first = await anext(messages, None)
-        if first is None or first.WhichOneof("message") != "begin":
-            raise invalid_argument("begin", "the first message of a stream must be begin")
+        kind = None if first is None else first.WhichOneof("message")
+        if first is None or kind != "begin":
+            field = "message" if first is not None and kind is None else "begin"
+            raise invalid_argument(field, "the first message of a stream must be begin")
         return self._check_begin(first.begin)
 
     def _check_begin(self, begin: weights_pb2.Begin) -> Opening:
-        if model_name(begin.model) != POLICY:
-            self._engine.describe(begin.model)
-            raise invalid_argument("begin.model", "only the policy takes weights")
+        if not begin.adapter_config_json:
+            self._describe(begin.model, "begin.model")
         violations = Violations()
-        violations.check(bool(begin.update_id), "begin.update_id", "required")
-        violations.check(len(begin.update_id) <= 256, "begin.update_id", "holds at most 256 characters")
-        violations.check(bool(begin.weights.run_id), "begin.weights.run_id", "required: published weights have a run")
+        violations.check(
+            1 <= len(begin.update_id.encode()) <= MAX_UPDATE_ID_BYTES,
+            "begin.update_id",
+            f"must hold from 1 to {MAX_UPDATE_ID_BYTES} bytes",
+        )
+        violations.check(
+            1 <= len(begin.weights.run_id.encode()) <= MAX_RUN_ID_BYTES,
+            "begin.weights.run_id",
+            f"must hold from 1 to {MAX_RUN_ID_BYTES} bytes",
+        )
         violations.check(
             not begin.partial or begin.HasField("if_current"), "begin.if_current", "required for a partial update"
         )
@@ -125,6 +135,8 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             raise too_large(
                 f"{begin.total_bytes} bytes are more than the {self._max_staging_bytes} this server stages at most"
             )
+        if model_name(begin.model) != POLICY:
+            raise failed_precondition("FROZEN_MODEL", f"{begin.model!r} takes no weights")
         return Opening(
             update_id=begin.update_id,
             version=weights_version(begin.weights),
@@ -157,6 +169,8 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 continue
             if kind not in ("chunk", "commit"):
                 raise invalid_argument(kind or "message", "expected a manifest, a chunk or commit")
+            if not manifest.begun:
+                raise invalid_argument(kind, "must come after a manifest")
             if not complete:
                 update.adopt(manifest.finish(partial=opening.partial, total_bytes=opening.total_bytes))
                 complete = True
@@ -189,6 +203,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 await asyncio.to_thread(fill_from_directory, staging, self._weights_root, opening.folder)
             else:
                 staging.require_complete()
+            require_equal_ties(self._engine.parameters(), staging.tensors)
             await self._engine.load_weights(
                 staging.tensors, opening.version, if_current=opening.if_current, in_flight=opening.in_flight
             )
@@ -222,6 +237,14 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             return
         if update.opening.version == self._live():
             self._applied(update)
+
+    def _describe(self, model: str, field: str) -> ModelDescription:
+        try:
+            return self._engine.describe(model_name(model))
+        except RpcFailure as failure:
+            if failure.code is not grpc.StatusCode.NOT_FOUND:
+                raise
+            raise not_found(field, f"model {model[:64]!r}") from failure
 
     def _live(self) -> WeightsVersion:
         return self._engine.describe(POLICY).weights
