@@ -20,14 +20,14 @@ def check_precondition(wanted: WeightsPrecondition, live: WeightsVersion) -> Non
 def check_swap(new: WeightsVersion, live: WeightsVersion, if_current: WeightsVersion | None) -> None:
     """Raise unless `new` may replace `live`.
 
-    aborted STALE_VERSION: not above the live version of the same run. failed_precondition WEIGHTS_CHANGED:
+    aborted STALE_VERSION: not above the live version of the same run. failed_precondition CURRENT_MISMATCH:
     `if_current` isn't live. other_run: another run is live and `if_current` didn't name it.
     """
     if new.run_id == live.run_id and not new.is_after(live):
         raise failures.aborted("STALE_VERSION", f"{_show(new)} is not above the live {_show(live)}")
     if if_current is not None and if_current != live:
         raise failures.failed_precondition(
-            "WEIGHTS_CHANGED", f"if_current is {_show(if_current)}, but {_show(live)} is live"
+            "CURRENT_MISMATCH", f"if_current is {_show(if_current)}, but {_show(live)} is live"
         )
     if if_current is None and live.run_id not in ("", new.run_id):
         raise failures.other_run(f"{_show(live)} is live; name it in if_current to replace it with {_show(new)}")
