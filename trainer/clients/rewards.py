@@ -135,6 +135,7 @@ class RewardClient:
         self._queue: deque[_Job] = deque()
         self._calls: set[asyncio.Task[None]] = set()
         self._later: set[asyncio.TimerHandle] = set()
+        self._sending_soon = False
         self._jitter = random.Random()
 
     async def pin(self, version: str | None = None) -> RewardInfo:
@@ -167,7 +168,7 @@ class RewardClient:
             )
         job = _Job(sample, message, asyncio.get_running_loop().create_future())
         self._queue.append(job)
-        self._send_what_fits()
+        self._send_soon()
         return await job.result
 
     async def abandon(self) -> None:
@@ -210,7 +211,14 @@ class RewardClient:
             needs_token_ids=answer.needs_token_ids,
         )
 
+    def _send_soon(self) -> None:
+        """Send once everything that arrives in this turn of the event loop has arrived: it travels together."""
+        if not self._sending_soon:
+            self._sending_soon = True
+            asyncio.get_running_loop().call_soon(self._send_what_fits)
+
     def _send_what_fits(self) -> None:
+        self._sending_soon = False
         assert self._info is not None
         while self._queue and len(self._calls) < self._info.max_concurrent_calls:
             call = asyncio.create_task(self._score_batch(self._cut_batch()))
@@ -276,7 +284,7 @@ class RewardClient:
         def again() -> None:
             self._later.discard(handle)
             self._queue.append(job)
-            self._send_what_fits()
+            self._send_soon()
 
         delay *= 1 + self._jitter.uniform(0, _PENDING_JITTER)
         handle = asyncio.get_running_loop().call_later(delay, again)

@@ -1,0 +1,115 @@
+"""Small servers over real sockets that do what a test tells them to, where a real server never would."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from rlhf.policy.v1 import policy_pb2
+from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
+
+Score = Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]
+
+
+@contextlib.asynccontextmanager
+async def serving(add: Callable[[grpc.aio.Server], None], *, port: int = 0) -> AsyncIterator[str]:
+    """Run a server for as long as the context lasts; the value is its address."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    add(server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{bound}"
+    finally:
+        await server.stop(0)
+
+
+class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
+    """Answers Score calls by `scripts`, one after the other; the last answers all further calls."""
+
+    def __init__(self, *scripts: Score | grpc.StatusCode, **info: Any) -> None:
+        self.info = reward_pb2.GetRewardInfoResponse(**{"name": "scripted", "version": "1", **info})
+        self.calls: list[reward_pb2.ScoreRequest] = []
+        self._scripts = list(scripts)
+
+    async def Score(  # noqa: N802
+        self, request: reward_pb2.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> reward_pb2.ScoreResponse:
+        self.calls.append(request)
+        script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        if isinstance(script, grpc.StatusCode):
+            await context.abort(script, "as scripted")
+            raise AssertionError("abort raises")
+        return script(request)
+
+    async def GetRewardInfo(  # noqa: N802
+        self, request: reward_pb2.GetRewardInfoRequest, context: grpc.aio.ServicerContext
+    ) -> reward_pb2.GetRewardInfoResponse:
+        return self.info
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        reward_pb2_grpc.add_RewardServiceServicer_to_server(self, server)
+
+
+def scored(request: reward_pb2.ScoreRequest, reward: float = 1.0) -> reward_pb2.ScoreResponse:
+    """Every sample gets `reward`."""
+    results = [
+        reward_pb2.SampleResult(sample_id=sample.sample_id, scored=reward_pb2.Scored(reward=reward))
+        for sample in request.samples
+    ]
+    return reward_pb2.ScoreResponse(results=results)
+
+
+class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
+    """Keeps what is published as bytes by name, and cuts streams or loses answers when told to."""
+
+    def __init__(self, *, instance: str = "first", live: policy_pb2.WeightsVersion | None = None) -> None:
+        self.instance = instance
+        self.live = live or policy_pb2.WeightsVersion()
+        self.tensors: dict[str, bytes] = {}
+        self.updates: list[weights_pb2.Begin] = []
+        self.fail_after_begin: list[grpc.StatusCode] = []
+        self.lose_answer: list[grpc.StatusCode] = []
+        self._states: dict[str, int] = {}
+
+    async def UpdateWeights(  # noqa: N802
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: grpc.aio.ServicerContext
+    ) -> weights_pb2.UpdateWeightsResponse:
+        begin: weights_pb2.Begin | None = None
+        specs: list[weights_pb2.TensorSpec] = []
+        data: dict[int, bytearray] = {}
+        async for message in request_iterator:
+            match message.WhichOneof("message"):
+                case "begin":
+                    begin = message.begin
+                    self.updates.append(begin)
+                    if self.fail_after_begin:
+                        await context.abort(self.fail_after_begin.pop(0), "cut as scripted")
+                case "manifest":
+                    specs.extend(message.manifest.tensors)
+                case "chunk":
+                    data.setdefault(message.chunk.tensor, bytearray()).extend(message.chunk.data)
+        assert begin is not None
+        self.tensors = {spec.name: bytes(data[index]) for index, spec in enumerate(specs)}
+        self.live = begin.weights
+        self._states[begin.update_id] = weights_pb2.UPDATE_STATE_APPLIED
+        if self.lose_answer:
+            await context.abort(self.lose_answer.pop(0), "the answer is lost as scripted")
+        return weights_pb2.UpdateWeightsResponse(state=weights_pb2.UPDATE_STATE_APPLIED, live=self.live)
+
+    async def GetWeights(  # noqa: N802
+        self, request: weights_pb2.GetWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> weights_pb2.GetWeightsResponse:
+        return weights_pb2.GetWeightsResponse(
+            live=self.live,
+            state=self._states.get(request.update_id, weights_pb2.UPDATE_STATE_UNSPECIFIED),
+            max_parts=1,
+            server_instance_id=self.instance,
+        )
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(self, server)
