@@ -20,11 +20,11 @@ class EngineObserver(Protocol):
     """Called on the engine's thread, between forwards: implementations are quick, thread-safe and never raise."""
 
     def queued(self, *, generations: int, scorings: int) -> None:
-        """Requests that wait for their first forward; called whenever a number changes."""
+        """Requests that wait: generations to start, scorings to be finished. Called after every round."""
         ...
 
     def running(self, *, rows: int) -> None:
-        """Completions that hold a row of a batch now; called whenever the number changes."""
+        """Completions that hold a row of a batch now. Called after every round."""
         ...
 
     def tokens(self, phase: Phase, count: int) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from rlhf.failures import RpcFailure
 from torch import Tensor
 
 from policy_server.engine.admission import QueueLimit, RowChooser, WaitingGenerations
@@ -31,6 +30,7 @@ from policy_server.engine.scoring import Scorer
 from policy_server.engine.versions import check_precondition, check_swap
 from policy_server.engine.weights import ParameterTable
 from rlhf import failures
+from rlhf.failures import RpcFailure
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ class EngineWorker:
         self._scorings: deque[ScoringJob] = deque()
         self._swaps: deque[SwapJob] = deque()
         self._stop_at: float | None = None
-        self._running_shown = 0
 
     # Tasks
 
@@ -153,7 +152,7 @@ class EngineWorker:
     def _round(self) -> None:
         for task in self._mailbox.take(wait=not self._busy() and self._stop_at is None):
             task()
-        self._waiting.drop_done()
+        self._prune()
         self._swap_if_due()
         self._admit()
         for cohort in list(self._cohorts):
@@ -247,6 +246,7 @@ class EngineWorker:
             cohort.drop_dead_rows()
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
         self._resuming = [row for row in self._resuming if row.live]
+        self._waiting.drop_done()
 
     # Scores
 
