@@ -107,9 +107,9 @@ class PPOLearner:
         self._pad_id = tokenizer_pad_id
         self._moments = RunningMoments()
         self._shuffler = np.random.RandomState(config.seed)
-        self._unwrapped = model
+        self.model = model
         self._accelerator = accelerator
-        self._model: nn.Module = model
+        self._wrapped: nn.Module = model
         self._reference = reference
         if config.gradient_checkpointing:
             _enable_checkpointing(model.pretrained_model)
@@ -118,7 +118,7 @@ class PPOLearner:
         )
         self._lr_scheduler = lr_scheduler
         if accelerator is not None:
-            self._model, self._optimizer = accelerator.prepare(model, self._optimizer)
+            self._wrapped, self._optimizer = accelerator.prepare(model, self._optimizer)
             if reference is not None:
                 self._reference = accelerator.prepare_model(reference, evaluation_mode=True)
         if self._reference is not None:
@@ -134,7 +134,7 @@ class PPOLearner:
         """
         self._check_batch(batch)
         started = time.perf_counter()
-        run_without_dropout(self._model, checkpoint_activations=self.config.gradient_checkpointing)
+        run_without_dropout(self._wrapped, checkpoint_activations=self.config.gradient_checkpointing)
         queries = [query.cpu() for query in batch.queries]
         responses = [response.cpu() for response in batch.responses]
         config = self.config
@@ -144,7 +144,7 @@ class PPOLearner:
 
         full = config.kl_penalty is KlPenalty.FULL
         evaluation = evaluate(
-            self._model,
+            self._wrapped,
             self._reference if full or batch.reference_logprobs is None else None,
             queries,
             responses,
@@ -219,7 +219,7 @@ class PPOLearner:
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's parameters under transformers' names, without the value head, tied ones once."""
-        return self._unwrapped.pretrained_model.named_parameters()
+        return self.model.pretrained_model.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed, beside the model's weights, to continue bit for bit: tensors and plain values only."""
@@ -319,7 +319,7 @@ class PPOLearner:
         config = self.config
         rows = collate(queries, responses, pad_id=self._pad_id, device=self._device)
         experience = experience.cut(rows.mask.shape[1])
-        distribution, packed_values = response_distribution_and_values(self._model, rows, self.temperature)
+        distribution, packed_values = response_distribution_and_values(self._wrapped, rows, self.temperature)
         logprobs = rows.padded(token_logprobs(distribution, rows.tokens))
         values = rows.padded(packed_values)
         policy = policy_loss(
