@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from rlhf.config import EX_CONFIG, load_settings
+from rlhf.endpoint import write_endpoint_file
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
 from rlhf.metrics import serve_metrics
-from rlhf.server import announce
 from trainer.settings import TrainerSettings
 
 _log = get_logger(__name__)
@@ -62,7 +62,8 @@ def _metrics_endpoint(settings: TrainerSettings) -> Iterator[None]:
     endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host)
     try:
         if settings.endpoint_file is not None:
-            announce(settings.endpoint_file, address=None, metrics_url=endpoint.url if endpoint is not None else None)
+            url = endpoint.url if endpoint is not None else None
+            write_endpoint_file(settings.endpoint_file, address=None, metrics_url=url)
         yield
     finally:
         if endpoint is not None:

@@ -1,0 +1,66 @@
+"""The trainer's settings: what is refused at start, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config import ConfigurationError, load_settings, read_settings
+from trainer.settings import TrainerSettings
+
+GIVEN: dict[str, Any] = {
+    "model": "model",
+    "policy_server": "127.0.0.1:1",
+    "reward_server": "127.0.0.1:2",
+    "run_dir": Path("run"),
+    "data": "data.jsonl",
+}
+
+
+def settings(**values: Any) -> TrainerSettings:
+    return read_settings(TrainerSettings, {**GIVEN, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"kl_penalty": "full"}, "set reference=trainer"),
+        ({"reference_model": "x"}, "only used with reference=trainer"),
+        ({"top_p": 0.9}, "only temperature may shape sampling"),
+        ({"min_new_tokens": 4}, "only temperature may shape sampling"),
+        ({"temperature": 0}, "greater than 0"),
+        ({"batch_size": 10, "mini_batch_size": 4}, "must be a multiple of"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"learning_rat": 1.0}, "did you mean learning_rate"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_reason(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        settings(**values)
+
+
+def test_a_run_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(ConfigurationError, match="one process"):
+        settings()
+
+
+def test_a_local_reference_allows_the_full_kl() -> None:
+    assert settings(kl_penalty="full", reference="trainer").ppo_config().kl_penalty.value == "full"
+
+
+def test_ppo_gets_its_own_settings_and_the_length_of_the_run_in_samples() -> None:
+    config = settings(steps=20, batch_size=64, learning_rate=1e-4).ppo_config()
+
+    assert (config.batch_size, config.mini_batch_size, config.learning_rate, config.steps) == (64, 64, 1e-4, 1280)
+
+
+def test_a_mistake_on_the_command_line_exits_78(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_settings(TrainerSettings, ["--model", "m"], prog="python -m trainer")
+
+    assert stop.value.code == 78
+    assert "--policy-server" in capsys.readouterr().err
