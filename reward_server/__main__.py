@@ -6,19 +6,16 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from rlhf.config import load_settings
-from rlhf.logs import configure_logging, get_logger
-from rlhf.server import Server
-
 from reward_server.kinds.function import FunctionReward
 from reward_server.kinds.loading import RewardLoadError, load_function
 from reward_server.memory import OutcomeMemory
 from reward_server.scheduler import Scheduler
 from reward_server.service import SERVICE_NAME, RewardService
 from reward_server.settings import RewardSettings
+from rlhf.config import EX_CONFIG, load_settings
+from rlhf.logs import configure_logging, get_logger
 from rlhf.reward.v1 import reward_pb2_grpc
-
-EX_CONFIG = 78
+from rlhf.server import BindError, Server
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         async_calls=settings.max_concurrent_calls,
         version=settings.reward_version,
     )
-    asyncio.run(_serve(reward, settings))
+    try:
+        asyncio.run(_serve(reward, settings))
+    except BindError as error:
+        print(f"reward_server: {error}", file=sys.stderr)
+        return EX_CONFIG
     return 0
 
 
@@ -58,12 +59,13 @@ async def _serve(reward: FunctionReward, settings: RewardSettings) -> None:
         "reward_server",
         listen=settings.listen,
         metrics_port=settings.metrics_port,
+        metrics_host=settings.metrics_host,
         max_message_bytes=settings.max_message_bytes,
         drain_seconds=settings.drain_seconds,
         grace_seconds=settings.grace_seconds,
         endpoint_file=settings.endpoint_file,
     )
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
     server.register(SERVICE_NAME, serving=True)
     await server.start()
     get_logger(__name__).info(

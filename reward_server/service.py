@@ -82,4 +82,5 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
 
     def _find(self, reward: str) -> None:
         if reward not in ("", self._description.name):
-            raise failures.not_found("reward", f"reward {reward[:64]!r} (the only one here is {self._description.name!r})")
+            only = self._description.name
+            raise failures.not_found("reward", f"reward {reward[:64]!r} (the only one here is {only!r})")

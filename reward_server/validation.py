@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.failures import FieldViolation
-
 from rlhf import failures
+from rlhf.failures import FieldViolation
 from rlhf.reward.v1 import reward_pb2
 
 # Enough to see the pattern; the status details must stay small.
 _MOST_VIOLATIONS = 8
+_MAX_ID_BYTES = 256
 
 
 def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int) -> None:
@@ -25,8 +25,7 @@ def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int) -
 
 
 def _violations(request: reward_pb2.ScoreRequest, max_samples: int) -> Iterator[FieldViolation]:
-    if not request.run_id:
-        yield FieldViolation("run_id", "required")
+    yield from _id_violations("run_id", request.run_id)
     if not request.samples:
         yield FieldViolation("samples", "at least one sample is required")
     if len(request.samples) > max_samples:
@@ -35,21 +34,30 @@ def _violations(request: reward_pb2.ScoreRequest, max_samples: int) -> Iterator[
     first_index: dict[str, int] = {}
     for index, sample in enumerate(request.samples):
         path = f"samples[{index}]"
-        if not sample.sample_id:
-            yield FieldViolation(f"{path}.sample_id", "required")
-        elif sample.sample_id in first_index:
-            yield FieldViolation(f"{path}.sample_id", f"the same as samples[{first_index[sample.sample_id]}].sample_id")
-        else:
-            first_index[sample.sample_id] = index
+        yield from _id_violations(f"{path}.sample_id", sample.sample_id)
+        first = first_index.setdefault(sample.sample_id, index)
+        if sample.sample_id and first != index:
+            yield FieldViolation(f"{path}.sample_id", f"the same as samples[{first}].sample_id")
         if not sample.group_id:
             yield FieldViolation(f"{path}.group_id", "required")
         yield from _range_violations(f"{path}.sampled_ranges", sample)
 
 
+def _id_violations(path: str, value: str) -> Iterator[FieldViolation]:
+    if not value:
+        yield FieldViolation(path, "required")
+    elif len(value.encode()) > _MAX_ID_BYTES:
+        yield FieldViolation(path, f"{len(value.encode())} bytes; the limit is {_MAX_ID_BYTES}")
+
+
 def _range_violations(path: str, sample: reward_pb2.Sample) -> Iterator[FieldViolation]:
     count = len(sample.completion_token_ids)
+    end = 0
     for index, token_range in enumerate(sample.sampled_ranges):
+        if token_range.first < end:
+            yield FieldViolation(f"{path}[{index}].first", f"below {end}, where the range before it ends")
         if token_range.past_last <= token_range.first:
             yield FieldViolation(f"{path}[{index}].past_last", f"must be above first, {token_range.first}")
         elif token_range.past_last > count:
             yield FieldViolation(f"{path}[{index}].past_last", f"beyond the {count} completion_token_ids")
+        end = max(end, token_range.past_last)

@@ -12,11 +12,16 @@ from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pendi
 from rlhf.reward.v1 import reward_pb2
 
 _MAX_TEXT_BYTES = 1024
+_RESERVED_PREFIX = "rlhf."
 
 
 def fingerprint(sample: reward_pb2.Sample, json_keys: Collection[str]) -> bytes:
-    """A digest of all that a score may depend on: the sample, and which of its metadata is JSON."""
-    digest = hashlib.sha256(sample.SerializeToString(deterministic=True))
+    """A digest of all that a score may depend on: the sample without its group, and which of its metadata is JSON."""
+    content = reward_pb2.Sample()
+    content.CopyFrom(sample)
+    content.ClearField("group_id")
+    content.ClearField("group_size")
+    digest = hashlib.sha256(content.SerializeToString(deterministic=True))
     digest.update(json.dumps(sorted(key for key in sample.metadata if key in json_keys)).encode())
     return digest.digest()
 
@@ -25,10 +30,13 @@ def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Fa
     """The sample as a reward sees it, or why this server cannot judge it."""
     metadata: dict[str, Any] = {}
     for key, text in sample.metadata.items():
+        if key.startswith(_RESERVED_PREFIX):
+            continue
         try:
-            value = json.loads(text) if key in json_keys else text
+            value = _json(text) if key in json_keys else text
         except ValueError as error:
             return Failed(FailureCode.INVALID_METADATA, f"the column {key!r} is not JSON: {error}")
+        # JSON null means what an absent key means: the row has no value.
         if value is not None:
             metadata[key] = value
     messages = []
@@ -36,7 +44,7 @@ def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Fa
         if any(part.WhichOneof("kind") is None for part in message.parts):
             return Failed(FailureCode.UNKNOWN_CONTENT, f"messages[{index}] has a part of a kind unknown here")
         try:
-            extra = json.loads(message.extra_json) if message.extra_json else {}
+            extra = _json(message.extra_json) if message.extra_json else {}
         except ValueError as error:
             return Failed(FailureCode.INVALID_METADATA, f"messages[{index}].extra_json is not JSON: {error}")
         if not isinstance(extra, Mapping):
@@ -50,6 +58,18 @@ def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Fa
         messages=messages,
         sampled_ranges=[(item.first, item.past_last) for item in sample.sampled_ranges],
     )
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError for what is not JSON; NaN and infinities, which Python would take, are not."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def encode(sample_id: str, outcome: Outcome) -> reward_pb2.SampleResult:
