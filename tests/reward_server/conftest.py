@@ -75,6 +75,7 @@ async def serve() -> AsyncIterator[Serve]:
             server = Server(
                 "reward_server",
                 listen="127.0.0.1:0",
+                metrics_port=0,
                 max_message_bytes=max_message_bytes,
                 drain_seconds=0,
                 grace_seconds=0,
