@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from policy_server.engine.protocol import WeightsVersion
 
+_CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len")
 _FALLBACK_CONTEXT = 2048  # for models without positions to run out of (ALiBi and the like)
 
 
@@ -36,8 +37,8 @@ class ServedModel:
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
         config = module.config.get_text_config(decoder=True)
-        own_limit = getattr(config, "max_position_embeddings", None)
-        limits = [limit for limit in (own_limit, max_context_tokens) if limit is not None]
+        own_limits = (getattr(config, name, None) for name in _CONTEXT_SETTINGS)
+        limits = [limit for limit in (*own_limits, max_context_tokens) if limit is not None]
         self.max_context_tokens: int = min(limits, default=_FALLBACK_CONTEXT)
         self.eos_token_ids = _eos_token_ids(module, config)
         with torch.inference_mode():

@@ -178,7 +178,7 @@ def _column(like: Tensor, values: Sequence[float]) -> Tensor:
 
 
 def _penalise(scores: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
-    seen = torch.stack([mask for row in rows if (mask := draws[row].seen) is not None])
+    seen = torch.stack([mask for row in rows if (mask := draws[row].seen) is not None]).to(scores.device)
     penalty = _column(scores, [draws[row].sampling.repetition_penalty for row in rows])
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 

@@ -97,17 +97,17 @@ class EngineWorker:
         self._models[id(generation)] = model
         self._waiting.add(generation)
 
-    def cancel(self, generation: Generation) -> None:
-        """Free everything a request holds."""
+    def cancel(self, generation: Generation, failure: RpcFailure | None = None) -> None:
+        """Free everything a request holds; `failure` is for a caller who still listens."""
         if id(generation) in self._open:
             self._observer.cancelled(completions=generation.unfinished)
-            self._end(generation, None)
+            self._end(generation, failure)
 
     def cancel_named(self, request_id: str) -> None:
-        """Cancel every request of that name; each caller gets an orderly end of stream without a finish reason."""
+        """Free what every request of that name holds; whoever still listens gets ABORTED."""
         for generation in list(self._open.values()):
             if generation.request.request_id == request_id:
-                self.cancel(generation)
+                self.cancel(generation, failures.aborted("CANCELLED", "the request was cancelled"))
 
     def score(self, job: ScoringJob) -> None:
         """Take in a scoring request whose place in the queue is already counted."""

@@ -15,7 +15,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Lfm2Config,
     LlamaConfig,
+    MixtralConfig,
+    MptConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -69,6 +72,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **COMMON,
     ),
     "bloom": lambda: BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, **COMMON),
+    # Convolutions beside attention: a cache that can't be merged or trimmed.
+    "lfm2": lambda: Lfm2Config(layer_types=["conv", "full_attention"], num_key_value_heads=2, **SIZES, **COMMON),
+    "mixtral": lambda: MixtralConfig(num_local_experts=4, num_key_value_heads=2, **SIZES, **COMMON),
+    "mpt": lambda: MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=128, initializer_range=0.3, **COMMON),
     "falcon": lambda: FalconConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **COMMON
     ),

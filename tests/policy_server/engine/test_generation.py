@@ -207,8 +207,8 @@ async def test_sampling_a_model_gives_its_distribution() -> None:
     model = make_model("gpt2")
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([[9, 9]])).logits[0, -1].double(), dim=-1)
-    count = 4000
-    async with running(loaded(model), max_batch_rows=1000) as engine:
+    count = 1500
+    async with running(loaded(model), max_batch_rows=500) as engine:
         completions = await generate(
             engine, request([9, 9], n=count, max_new_tokens=1, raw_logprobs=False, processed_logprobs=False)
         )

@@ -43,6 +43,9 @@ async def test_a_request_that_nobody_waits_for_gives_its_rows_back_within_a_step
         held_at = len(watcher.decoded_batches)
         watcher.resume()
         [completion] = await kept
+        if how == "by name":
+            with pytest.raises(RpcFailure, match="cancelled"):
+                await _exhaust(stream)
     assert watcher.decoded_batches[held_at] == 1
     assert watcher.cancelled_completions == 5
     assert completion.finish_reason is FinishReason.LENGTH
@@ -157,12 +160,12 @@ async def test_a_fault_of_the_engine_itself_reaches_every_caller_and_the_engine_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with running(loaded(make_model("gpt2"))) as engine:
-        generating = asyncio.create_task(generate(engine, request([1], **LONG)))
-        await asyncio.sleep(0.02)
+        stream = engine.submit(request([1], **LONG))
+        await anext(stream)
         with monkeypatch.context() as patch:
             patch.setattr(engine._worker, "_admit", lambda: 1 / 0)
             with pytest.raises(RpcFailure) as of_generation:
-                await generating
+                await _exhaust(stream)
             with pytest.raises(RpcFailure) as of_another:
                 await generate(engine, request([1]))
         await generate(engine, request([1], max_new_tokens=2))

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from policy_server.engine.batch import BatchEngine
+from policy_server.engine.observer import Phase
 from policy_server.engine.protocol import (
     FinishReason,
     GenerationRequest,
@@ -187,11 +188,12 @@ async def test_a_minimum_version_stays_met_when_newer_weights_arrive() -> None:
 async def test_scores_are_all_of_one_version_even_when_a_swap_comes_between() -> None:
     new = make_model("gpt2", seed=1)
     source = random.Random(0)
-    sequences = [([source.randrange(256)], [source.randrange(256) for _ in range(8)]) for _ in range(300)]
-    async with running(loaded(make_model("gpt2")), score_tokens=16) as engine:
+    sequences = [([source.randrange(256)], [source.randrange(256) for _ in range(8)]) for _ in range(80)]
+    watcher = Watcher()
+    async with running(loaded(make_model("gpt2")), score_tokens=16, observer=watcher) as engine:
         scoring = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", sequences)))
         frozen = asyncio.create_task(engine.log_probs(ScoringRequest("f", "reference", sequences)))
-        await asyncio.sleep(0.01)
+        await until(lambda: watcher.by_phase[Phase.SCORE] > 0)
         await engine.load_weights(weights_of(new), FIRST, if_current=None, in_flight=InFlight.RECOMPUTE)
         scores, of_reference = await scoring, await frozen
         again = await engine.log_probs(ScoringRequest("r", "policy", sequences))
