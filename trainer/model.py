@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -120,7 +121,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         kwargs.setdefault("dtype", torch.float32)
         location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
-        model = cls(AutoModelForCausalLM.from_pretrained(source, *model_args, **kwargs), **head_arguments)
+        model = cls(_load_language_model(source, *model_args, **kwargs), **head_arguments)
         if stored := _stored_value_head(source, location):
             model.v_head.load_state_dict(stored)
         return model.eval()
@@ -268,6 +269,41 @@ def upload_to_hub(
         create_pr=create_pr,
     )
     return str(commit.commit_url)
+
+
+def _load_language_model(source: str, *model_args: Any, **kwargs: Any) -> PreTrainedModel:
+    """Load without transformers' report that the checkpoint holds a value head it has no use for.
+
+    The report comes out as ever when it tells of anything else.
+    """
+    reports = _HeldBack("LOAD REPORT")
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(reports)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+    finally:
+        logger.removeFilter(reports)
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if any(name for names in info.values() for name in names if not str(name).startswith(VALUE_HEAD_PREFIX)):
+        for report in reports.records:
+            logger.handle(report)
+    return model
+
+
+class _HeldBack(logging.Filter):
+    """Keeps log records that contain a text from being logged, in `records`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self._text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self._text not in record.getMessage():
+            return True
+        self.records.append(record)
+        return False
 
 
 def _hidden_size(config: PreTrainedConfig) -> int:

@@ -10,11 +10,11 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from rlhf.channel import call_metadata
-from rlhf.fingerprints import tokenizer_digest, weights_digest
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.channel import RetryPolicy, call_metadata
+from rlhf.fingerprints import tokenizer_digest, weights_digest
 from trainer.clients.policy import REFERENCE, ModelInfo, PolicyClient
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.publisher import WeightPublisher
@@ -26,6 +26,9 @@ T = TypeVar("T")
 # Enough to fill a server's batch; the server queues or pushes back on more.
 _REQUESTS_AT_ONCE = 64
 _SEQUENCES_PER_CALL = 32
+
+# Somebody sits in front of it: a server that is back should be noticed soon.
+_RETRY = RetryPolicy(maximum=2.0)
 
 
 class ServerMismatchError(ValueError):
@@ -56,8 +59,9 @@ class ServedPolicy:
         self._client, self._publisher = self._run(self._connect())
         self._close = weakref.finalize(self, _close, self._loop, self._thread, self._client, self._publisher)
         self._reference_digests: dict[str, str] = {}
+        self.info: ModelInfo
         try:
-            self.info: ModelInfo = self._run(self._checked_info())
+            self._run(self._check_server())
         except BaseException:
             self.close()
             raise
@@ -99,13 +103,14 @@ class ServedPolicy:
         this = weakref.ref(self)
 
         async def check_new_server() -> None:
-            if (served := this()) is not None and hasattr(served, "info"):
-                await served._checked_info()
+            if (served := this()) is not None:
+                await served._check_server()
 
-        publisher = WeightPublisher(self.target, on_new_server=check_new_server, metadata=metadata)
-        return PolicyClient(self.target, recover=publisher.ensure, metadata=metadata), publisher
+        publisher = WeightPublisher(self.target, retry=_RETRY, on_new_server=check_new_server, metadata=metadata)
+        client = PolicyClient(self.target, retry=_RETRY, recover=publisher.ensure, metadata=metadata)
+        return client, publisher
 
-    async def _checked_info(self) -> ModelInfo:
+    async def _check_server(self) -> None:
         policy, reference = await asyncio.gather(self._client.get_model(), self._client.get_model(REFERENCE))
         if policy.tokenizer_digest != self._tokenizer_digest:
             raise ServerMismatchError(
@@ -119,7 +124,7 @@ class ServedPolicy:
                 f"(the model itself when none is given) has {ours}: start the server with --reference on the folder "
                 "that ref_model came from"
             )
-        return policy
+        self.info = policy
 
     def _reference_digest(self, serving_dtype: str) -> str:
         if serving_dtype not in self._reference_digests:
@@ -154,8 +159,11 @@ class ServedPolicy:
                 )
             return torch.tensor(completion.token_ids, dtype=torch.int64)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*row)) for row in zip(queries, sampling, seeds, strict=True)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*row)) for row in zip(queries, sampling, seeds, strict=True)]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _log_probs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor]:

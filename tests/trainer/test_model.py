@@ -101,6 +101,21 @@ def test_saved_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
+def test_loading_reports_what_is_missing_but_not_the_value_head_it_restores(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(CONFIGS["gpt2"]).save_pretrained(tmp_path)
+    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert "LOAD REPORT" not in caplog.text
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+
+    assert "transformer.ln_f.weight" in caplog.text
+
+
 def test_tied_embeddings_are_stored_once_and_tied_again_on_loading(tmp_path: Path) -> None:
     model = build(CONFIGS["gpt2"])
     model.save_pretrained(tmp_path)
