@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -32,6 +33,12 @@ def sample(sample_id: str, completion: str = "good", **fields: Any) -> reward_pb
 def request(*samples: reward_pb2.Sample, **fields: Any) -> reward_pb2.ScoreRequest:
     fields.setdefault("run_id", "run")
     return reward_pb2.ScoreRequest(samples=samples, **fields)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what it waits for happens in other threads
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture(autouse=True)

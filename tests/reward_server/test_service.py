@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -12,13 +11,7 @@ import pytest
 from rlhf.failures import RpcFailure, from_rpc_error
 from rlhf.reward.v1 import reward_pb2
 from tests.reward_server import example_rewards
-from tests.reward_server.conftest import Serve, request, sample
-
-
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what it waits for happens in other threads
-            await asyncio.sleep(0.01)
+from tests.reward_server.conftest import Serve, request, sample, until
 
 
 async def failure(call: Any) -> RpcFailure:
@@ -370,30 +363,6 @@ async def test_a_full_queue_pushes_back_with_a_time_to_come_back(serve: Serve) -
 async def test_a_call_larger_than_the_queue_gets_in_when_the_queue_is_empty(serve: Serve) -> None:
     stub = await serve("lengths", max_queue_samples=2)
     assert len((await stub.Score(request(*(sample(str(i)) for i in range(5))))).results) == 5
-
-
-async def test_work_that_nobody_waits_for_is_not_started(serve: Serve) -> None:
-    stub = await serve("waits", max_queue_samples=2)
-    running = asyncio.ensure_future(stub.Score(request(sample("a"))))
-    await until(lambda: example_rewards.calls)
-    refused = await failure(stub.Score(request(sample("b")), timeout=0.2))
-    assert refused.code is grpc.StatusCode.DEADLINE_EXCEEDED
-
-    async def has_room() -> bool:
-        try:
-            await stub.Score(request(sample("c")), timeout=0.2)
-        except grpc.aio.AioRpcError as error:
-            return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        raise AssertionError("the gate is closed")
-
-    async with asyncio.timeout(10):
-        while not await has_room():
-            pass
-    example_rewards.gate.set()
-    await running
-    await stub.Score(request(sample("d")))
-    judged = [call["completions"] for call in example_rewards.calls]
-    assert len(judged) == 2
 
 
 async def test_an_answer_that_nobody_waited_for_is_kept(serve: Serve) -> None:

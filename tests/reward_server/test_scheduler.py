@@ -1,0 +1,125 @@
+"""The queue between calls and reward, below the wire: when work starts, is shared, and is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from reward_server.kinds import Description, Sample
+from reward_server.memory import OutcomeMemory, SampleKey
+from reward_server.results import Outcome, Scored
+from reward_server.scheduler import Entry, Scheduler
+from rlhf.failures import RpcFailure
+
+
+class GatedReward:
+    """Judges when the gate is opened, and remembers what it was asked."""
+
+    description = Description("gated", "1")
+
+    def __init__(self, *, concurrency: int = 1, stoppable: bool = False) -> None:
+        self.concurrency = concurrency
+        self.stoppable = stoppable
+        self.gate = asyncio.Event()
+        self.judged: list[str] = []
+        self.stopped = 0
+
+    async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+        self.judged.extend(sample.completion for sample in samples)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.stopped += 1
+            raise
+        return [Scored(1.0) for _ in samples]
+
+
+def entry(name: str) -> Entry:
+    return Entry(SampleKey("run", name), name.encode(), Sample(prompt="", completion=name))
+
+
+def scheduler(reward: GatedReward, *, max_queue_samples: int = 2, batch_size: int = 8) -> Scheduler:
+    memory = OutcomeMemory(100)
+    return Scheduler(reward, batch_size=batch_size, max_queue_samples=max_queue_samples, memory=memory)
+
+
+async def begin(scheduler: Scheduler, *names: str) -> asyncio.Task[list[Outcome]]:
+    task = asyncio.create_task(scheduler.score([entry(name) for name in names]))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return task
+
+
+async def cancel(task: asyncio.Task[list[Outcome]]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_work_that_nobody_waits_for_is_not_started_and_leaves_the_queue() -> None:
+    reward = GatedReward()
+    queue = scheduler(reward)
+    running = await begin(queue, "a")
+    await cancel(await begin(queue, "b"))
+    last = await begin(queue, "c")
+    reward.gate.set()
+    await asyncio.gather(running, last)
+    assert reward.judged == ["a", "c"]
+
+
+async def test_a_sample_that_another_call_waits_for_is_kept_when_the_first_call_ends() -> None:
+    reward = GatedReward()
+    queue = scheduler(reward, max_queue_samples=10)
+    running = await begin(queue, "a")
+    first = await begin(queue, "b", "c")
+    second = await begin(queue, "b")
+    await cancel(first)
+    reward.gate.set()
+    await asyncio.gather(running, second)
+    assert reward.judged == ["a", "b"]
+
+
+async def test_work_that_can_be_stopped_is_stopped_and_begins_anew_when_asked_for_again() -> None:
+    reward = GatedReward(stoppable=True)
+    queue = scheduler(reward)
+    first = await begin(queue, "a")
+    first.cancel()
+    again = await begin(queue, "a")
+    assert reward.stopped == 1
+    reward.gate.set()
+    assert await again == [Scored(1.0)]
+    assert reward.judged == ["a", "a"]
+
+
+async def test_no_more_batches_run_than_the_reward_can_use() -> None:
+    reward = GatedReward(concurrency=2)
+    queue = scheduler(reward, batch_size=1, max_queue_samples=10)
+    task = await begin(queue, "a", "b", "c")
+    assert reward.judged == ["a", "b"]
+    reward.gate.set()
+    assert len(await task) == 3
+
+
+async def test_the_time_to_come_back_grows_with_the_queue_and_is_bounded() -> None:
+    reward = GatedReward()
+    queue = scheduler(reward, max_queue_samples=3)
+    running = await begin(queue, "a", "b", "c")
+    with pytest.raises(RpcFailure) as refused:
+        await queue.score([entry("d")])
+    assert refused.value.retry_after is not None
+    assert 0 < refused.value.retry_after <= 30
+    reward.gate.set()
+    await running
+
+
+async def test_a_reward_that_breaks_fails_the_call_and_not_the_next() -> None:
+    class Broken(GatedReward):
+        async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+            raise ZeroDivisionError
+
+    queue = scheduler(Broken())
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            await queue.score([entry("a")])
