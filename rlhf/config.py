@@ -284,9 +284,9 @@ def _parser(settings_class: type[ProcessSettings], prog: str) -> _Parser:
         prog=prog,
         usage="%(prog)s [--setting value ...]",
         description=settings_class.__doc__,
-        epilog=f"Each setting may also come from the environment, as {prefix}LOG_LEVEL for --log-level, or from the file of "
-        "--config, as log_level. Flags win over the environment, that over the file. Lists are given as a,b or by "
-        "repeating the flag, mappings as YAML or JSON; null unsets.",
+        epilog=f"Each setting may also come from the environment, as {prefix}LOG_LEVEL for --log-level, or from "
+        "the file of --config, as log_level. Flags win over the environment, that over the file. Lists are given as "
+        "a,b or by repeating the flag, mappings as YAML or JSON; null unsets.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
