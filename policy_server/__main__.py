@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import NoReturn
 
 from policy_server.settings import PolicySettings
-from rlhf.config import load_settings
+from rlhf.config import EX_CONFIG, load_settings
 from rlhf.logs import configure_logging
+
+PROG = "python -m policy_server"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the process."""
-    settings = load_settings(PolicySettings, sys.argv[1:] if argv is None else argv, prog="python -m policy_server")
+    settings = load_settings(PolicySettings, sys.argv[1:] if argv is None else argv, prog=PROG)
     configure_logging(settings.log_format, settings.log_level)
     # torch takes seconds to import: only now, so that --help and mistakes in the settings are answered at once
-    from policy_server.assembly import serve
+    from policy_server.assembly import ModelError, serve
+    from rlhf.server import BindError
 
-    asyncio.run(serve(settings))
+    try:
+        asyncio.run(serve(settings))
+    except ModelError as error:
+        _give_up(error, EX_CONFIG)
+    except BindError as error:
+        _give_up(error, 1)
+
+
+def _give_up(error: Exception, status: int) -> NoReturn:
+    print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(status) from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from policy_server.engine.batch import BatchEngine
-from policy_server.engine.loading import load_models
+from policy_server.engine.loading import LoadedModels, load_models
 from policy_server.metrics import MetricsObserver
 from policy_server.prompts import PromptEncoder
 from policy_server.readiness import Readiness
@@ -29,12 +29,17 @@ WEIGHTS_SERVICE = "rlhf.weights.v1.WeightsService"
 _log = get_logger(__name__)
 
 
+class ModelError(Exception):
+    """A model that the settings name cannot be loaded; the message says why."""
+
+
 async def serve(settings: PolicySettings) -> None:
     """Load, serve until SIGTERM or SIGINT, drain."""
     server = Server(
         "policy",
         listen=settings.listen,
         metrics_port=settings.metrics_port,
+        metrics_host=settings.metrics_host,
         max_message_bytes=settings.max_message_bytes,
         drain_seconds=settings.drain_seconds,
         grace_seconds=settings.grace_seconds,
@@ -47,18 +52,14 @@ async def serve(settings: PolicySettings) -> None:
 
 
 async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
-    """Load the models, start an engine over them, and put both services on `server`; returns the running engine."""
+    """Load the models, start an engine over them, and put both services on `server`; returns the running engine.
+
+    Raises ModelError.
+    """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     began = time.perf_counter()
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    models = load_models(
-        settings.model,
-        settings.reference,
-        dtype=getattr(torch, settings.dtype),
-        device=settings.device,
-        reproducible=settings.reproducible,
-    )
+    models = _load(settings)
     engine = BatchEngine(
         models,
         max_batch_rows=settings.max_batch_rows,
@@ -77,7 +78,6 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
         partial(server.set_serving, POLICY_SERVICE),
         waiting_for="a trainer to publish its weights (UpdateWeights)" if settings.managed else None,
     )
-    server.on_drain(readiness.drain)
     policy_service = PolicyService(
         engine,
         PromptEncoder(models.tokenizer),
@@ -98,3 +98,17 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)  # type: ignore[no-untyped-call]
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)  # type: ignore[no-untyped-call]
     return engine
+
+
+def _load(settings: PolicySettings) -> LoadedModels:
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return load_models(
+            settings.model,
+            settings.reference,
+            dtype=getattr(torch, settings.dtype),
+            device=settings.device,
+            reproducible=settings.reproducible,
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what is not there
+        raise ModelError(f"cannot load the model: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -46,7 +47,7 @@ def resolve_below(root: Path | None, relative: str) -> Path:
     if not relative or "\0" in relative:
         raise invalid_argument(_FIELD, "must name a directory")
     folder = _inside(root, root / path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - unlike Path.is_dir, False for a name too long
         raise invalid_argument(_FIELD, f"no directory {relative[:200]!r} below the weights root")
     return folder
 

@@ -44,6 +44,14 @@ class Opening:
 
 
 @dataclass(eq=False)
+class PartStream:
+    """One stream that sends a part; `replaced` = the writer began the part anew in another stream."""
+
+    part: int
+    replaced: bool = False
+
+
+@dataclass(eq=False)
 class Update:
     """One update, from its first stream to its end and as a memory after it."""
 
@@ -51,7 +59,7 @@ class Update:
     state: UpdateState = UpdateState.STAGING
     manifest: bytes | None = None
     staging: Staging | None = None
-    streams: dict[int, object] = field(default_factory=dict)  # by part: the stream that sends it now
+    streams: dict[int, PartStream] = field(default_factory=dict)  # by part: the stream that sends it now
     stored_parts: set[int] = field(default_factory=set)
     swap: asyncio.Task[None] | None = None
     called_off: bool = False  # its caller went away while it was being swapped in
@@ -64,6 +72,11 @@ class Update:
     def has(self, part: int) -> bool:
         """This part is stored already, or the whole update is over."""
         return self.state is not UpdateState.STAGING or part in self.stored_parts
+
+    def release(self, part: int) -> None:
+        """Forget what came in a part."""
+        if self.staging is not None:
+            self.staging.release(part)
 
     def adopt(self, entries: tuple[ManifestEntry, ...]) -> None:
         """Take the manifest of a stream: the first makes the staging memory, the others must repeat it."""
@@ -92,7 +105,7 @@ class UpdateBook:
         """The update of this id, if this process has seen it."""
         return self._updates.get(update_id)
 
-    def enter(self, opening: Opening, stream: object) -> Update:
+    def enter(self, opening: Opening, stream: PartStream) -> Update:
         """The update that a stream of `opening` belongs to: one that is staged, a new one, or one that was applied.
 
         Raises invalid_argument when the id was used for something else, aborted UPDATE_IN_PROGRESS while another
@@ -108,19 +121,19 @@ class UpdateBook:
             self._updates.move_to_end(opening.update_id)
             while len(self._updates) > _REMEMBERED_UPDATES:
                 self._updates.popitem(last=False)
-        if not update.has(opening.part):
-            if opening.part in update.streams and update.staging is not None:
-                update.staging.release(opening.part)  # the writer came back before its cut stream was noticed
-            update.streams[opening.part] = stream
+        if not update.has(stream.part):
+            if stream.part in update.streams:
+                update.streams[stream.part].replaced = True
+                update.release(stream.part)
+            update.streams[stream.part] = stream
         return update
 
-    def leave(self, update: Update, part: int, stream: object) -> None:
+    def leave(self, update: Update, stream: PartStream) -> None:
         """A stream ended without commit: what it sent is forgotten, and the update too when nothing else holds it."""
-        if update.streams.get(part) is not stream:
+        if update.streams.get(stream.part) is not stream:
             return
-        del update.streams[part]
-        if update.staging is not None:
-            update.staging.release(part)
+        del update.streams[stream.part]
+        update.release(stream.part)
         if not update.streams and not update.stored_parts:
             self.end(update, UpdateState.FAILED)
 

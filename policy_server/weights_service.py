@@ -17,7 +17,7 @@ from policy_server.engine.versions import check_swap
 from policy_server.manifest import ManifestReader, require_equal_ties
 from policy_server.readiness import Readiness
 from policy_server.service import Context, wire_version
-from policy_server.updates import Opening, Update, UpdateBook, UpdateState
+from policy_server.updates import Opening, PartStream, Update, UpdateBook, UpdateState
 from policy_server.validation import MAX_RUN_ID_BYTES, POLICY, Violations, model_name, weights_version
 from rlhf.failures import RpcFailure, aborted, failed_precondition, invalid_argument, not_found, too_large, unavailable
 from rlhf.logs import get_logger
@@ -61,18 +61,17 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     ) -> weights_pb2.UpdateWeightsResponse:
         """Stage one part of an update; the last part's commit verifies and swaps."""
         messages = aiter(request_iterator)
-        self._readiness.require_not_draining()
         opening = await self._begin(messages)
         self._settle(opening.update_id)
         former = self._updates.find(opening.update_id)
         if former is None or former.state is not UpdateState.APPLIED:
             check_swap(opening.version, self._live(), opening.if_current)
-        stream = object()
+        stream = PartStream(opening.part)
         update = self._updates.enter(opening, stream)
         try:
             await self._receive(update, opening, stream, messages)
         finally:
-            self._updates.leave(update, opening.part, stream)
+            self._updates.leave(update, stream)
         if update.swap is not None:
             await self._follow(update, update.swap)
         return weights_pb2.UpdateWeightsResponse(state=_STATES[update.state], live=wire_version(self._live()))
@@ -154,13 +153,14 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         self,
         update: Update,
         opening: Opening,
-        stream: object,
+        stream: PartStream,
         messages: AsyncIterator[weights_pb2.UpdateWeightsRequest],
     ) -> None:
         """Read a stream to its commit, or as far as it takes to know that all of it was here before."""
         manifest = ManifestReader(self._engine.parameters(), with_digests=opening.folder is not None)
         complete = False
         async for message in messages:
+            _require_current(stream)
             kind = message.WhichOneof("message")
             if kind == "manifest":
                 if complete:
@@ -176,8 +176,6 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 complete = True
             if update.has(opening.part):
                 return
-            if update.streams.get(opening.part) is not stream:
-                raise aborted("UPDATE_IN_PROGRESS", f"another stream sends part {opening.part} of this update now")
             if kind == "commit":
                 self._commit(update, opening.part)
                 return
@@ -185,6 +183,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 raise invalid_argument("chunk", "an update from a directory has no chunks")
             assert update.staging is not None
             update.staging.write(message.chunk, opening.part)
+        _require_current(stream)
         raise invalid_argument("commit", "the stream ended without one: nothing of it is kept")
 
     def _commit(self, update: Update, part: int) -> None:
@@ -248,6 +247,11 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
 
     def _live(self) -> WeightsVersion:
         return self._engine.describe(POLICY).weights
+
+
+def _require_current(stream: PartStream) -> None:
+    if stream.replaced:
+        raise aborted("UPDATE_IN_PROGRESS", f"another stream sends part {stream.part} of this update now")
 
 
 def _content(begin: weights_pb2.Begin) -> bytes:
