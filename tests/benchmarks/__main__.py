@@ -1,0 +1,36 @@
+"""Run the benchmarks: `python -m tests.benchmarks [rollout publish …]`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import publish, rollout
+from tests.support.models import make_tiny_gpt2
+from tests.support.processes import process_factory
+
+BENCHMARKS = {"rollout": rollout.measure, "publish": publish.measure}
+
+
+def main() -> None:
+    """Make a model of 4.7 M parameters, then measure on all cores."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which ones; none = all")
+    names = parser.parse_args().names or list(BENCHMARKS)
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_tiny_gpt2(Path(scratch) / "model", layers=6, width=256, context=256)
+        for name in names:
+            with process_factory(Path(scratch) / name) as start:
+                asyncio.run(BENCHMARKS[name](folder, start, threads)).show()
+
+
+if __name__ == "__main__":
+    main()
