@@ -46,9 +46,11 @@ async def serve(settings: PolicySettings) -> None:
         endpoint_file=settings.endpoint_file,
     )
     engine = await add_services(server, settings)
-    await server.start()
-    await server.run_until_signalled()
-    await engine.stop(finish_within=0.0)
+    try:
+        await server.start()
+        await server.run_until_signalled()
+    finally:
+        await engine.stop(finish_within=0.0)  # whatever could finish has finished in the server's grace
 
 
 async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:

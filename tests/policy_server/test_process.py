@@ -9,9 +9,14 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
-from tests.support.processes import ROOT, ProcessUnderTest, StartProcess, process_factory
+import policy_server.__main__
+from policy_server import client
+from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
+from tests.policy_server.harness import update, version, weights_of
+from tests.support.processes import ROOT, StartProcess, process_factory
 
 POLICY = "rlhf.policy.v1.PolicyService"
 WEIGHTS = "rlhf.weights.v1.WeightsService"
@@ -23,64 +28,61 @@ def start(tmp_path: Path) -> Iterator[StartProcess]:
         yield factory
 
 
-def client(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "policy_server.client", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_a_managed_server_waits_serves_its_client_and_leaves_on_sigterm(
+    start: StartProcess, tiny_model: Path, other_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = start("policy_server", "--model", str(tiny_model), "--threads", "1", "--managed")
+    server.wait_serving(WEIGHTS)
+    target = ["--target", server.address]
+    hello = ["Hello", "--max-new-tokens", "5", "--seed", "1"]
 
+    assert client.main(["generate", *target, *hello]) == 1
+    assert capsys.readouterr().err.startswith("error: UNAVAILABLE: not serving yet: waiting for a trainer")
 
-def test_a_server_answers_its_client_and_leaves_on_sigterm(start: StartProcess, tiny_model: Path) -> None:
-    server: ProcessUnderTest = start("policy_server", "--model", str(tiny_model), "--threads", "1")
+    with grpc.insecure_channel(server.address) as channel:
+        answer = weights_pb2_grpc.WeightsServiceStub(channel).UpdateWeights(
+            update(weights_of(other_model), version(1)).messages(), timeout=60
+        )
+    assert answer.state == weights_pb2.UPDATE_STATE_APPLIED
     server.wait_serving(POLICY)
-    target = ("--target", server.address)
 
-    streamed = client("generate", *target, "Hello", "--max-new-tokens", "5", "--seed", "1")
-    several = client("generate", *target, "Hello", "--max-new-tokens", "5", "--seed", "1", "--n", "2")
-    chat = client("generate", *target, "Hello", "--max-new-tokens", "5", "--chat", "--temperature", "0")
-    model = client("model", *target)
-    refused = client("generate", *target, "Hello", "--top-p", "7")
-    metrics = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+    as_people_do = [sys.executable, "-m", "policy_server.client", "generate", *target, *hello]
+    streamed = subprocess.run(as_people_do, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert client.main(["generate", *target, *hello, "--n", "2"]) == 0
+    assert "--- 0 (seed 1)\n" + streamed in capsys.readouterr().out
+    assert client.main(["generate", *target, *hello, "--chat"]) == 0
+    assert capsys.readouterr().out != streamed
+    assert client.main(["model", *target]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["version"] == "1"
+    assert client.main(["generate", *target, "Hello", "--top-p", "7"]) == 1
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert refused.err.startswith("error: INVALID_ARGUMENT: request.sampling.top_p: ")
+    assert refused.err.count("\n") == 1
 
-    assert streamed.returncode == several.returncode == chat.returncode == 0, streamed.stderr
-    assert "--- 0 (seed 1)\n" + streamed.stdout in several.stdout
-    assert json.loads(model.stdout)["vocab_size"] == 257
-    assert refused.returncode == 1
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("error: INVALID_ARGUMENT: request.sampling.top_p: ")
-    assert refused.stderr.count("\n") == 1
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
+        metrics = page.read().decode()
     assert 'rlhf_policy_tokens_total{phase="decode"}' in metrics
+    assert 'rlhf_policy_weights_info{run_id="run-a"} 1.0' in metrics
+    assert 'rlhf_policy_weights_updates_total{outcome="applied"} 1.0' in metrics
     assert 'grpc_method="StreamGenerate"' in metrics
     assert server.terminate() == 0
 
 
-def test_a_managed_server_can_be_published_to_while_it_does_not_serve(start: StartProcess, tiny_model: Path) -> None:
-    server: ProcessUnderTest = start("policy_server", "--model", str(tiny_model), "--threads", "1", "--managed")
-    server.wait_serving(WEIGHTS)
+def test_a_client_without_a_server_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert client.main(["model", "--target", "127.0.0.1:1", "--timeout", "5"]) == 1
 
-    refused = client("generate", "--target", server.address, "Hello")
-
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("error: UNAVAILABLE: not serving yet: waiting for a trainer")
-    assert server.terminate() == 0
-
-
-def test_a_client_without_a_server_says_so_in_one_line() -> None:
-    answer = client("model", "--target", "127.0.0.1:1", "--timeout", "5")
-
-    assert answer.returncode == 1
-    assert answer.stderr.startswith("error: UNAVAILABLE")
-    assert answer.stderr.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: UNAVAILABLE")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("argument", ["--help", "--print-config"])
 def test_questions_about_settings_are_answered_without_torch(argument: str) -> None:
     script = (
-        "import sys, policy_server.__main__ as m\ntry: m.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+        "import sys, policy_server.__main__ as own\n"
+        "try: own.main(sys.argv[1:])\n"
+        "finally: assert 'torch' not in sys.modules"
     )
     answer = subprocess.run(
         [sys.executable, "-c", script, "--model", "x", argument], cwd=ROOT, capture_output=True, text=True, check=False
@@ -90,16 +92,28 @@ def test_questions_about_settings_are_answered_without_torch(argument: str) -> N
     assert "max" in answer.stdout
 
 
-def test_a_model_that_does_not_exist_ends_the_process_with_one_line(tmp_path: Path) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-m", "policy_server", "--model", str(tmp_path / "nothing")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        (["--model", "no/where"], 78, "cannot load the model"),
+        (["--listen", "192.0.2.1:1"], 1, "192.0.2.1:1"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_line(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    status: int,
+    words: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(policy_server.__main__, "configure_logging", lambda *_: None)
 
-    assert answer.returncode == 78
-    assert "Traceback" not in answer.stderr
-    assert "nothing" in answer.stderr
+    with pytest.raises(SystemExit) as ended:
+        policy_server.__main__.main(["--model", str(tiny_model), *flags])
+
+    assert ended.value.code == status
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m policy_server: ")
+    assert words in last
