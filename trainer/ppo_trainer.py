@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.random import set_seed
-from rlhf.logs import get_logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.logs import get_logger
 from trainer.batch import RolloutBatch
 from trainer.generation import generate_batched, generate_one
 from trainer.learner import PPOLearner
@@ -25,7 +25,14 @@ from trainer.model import AutoModelForCausalLMWithValueHead, create_reference_mo
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
 from trainer.ppo.statistics import Statistics
-from trainer.sampling import ServedSampling, served_sampling, shaping_settings, switched_off, warn_of_shaping
+from trainer.sampling import (
+    ServedSampling,
+    served_sampling,
+    shaping_settings,
+    switched_off,
+    warn_of_negative_kl,
+    warn_of_shaping,
+)
 from trainer.tokenizers import save_tokenizer
 
 if TYPE_CHECKING:
@@ -179,11 +186,13 @@ class PPOTrainer:
         queries, responses: token ids [q_i] and [t_i]. scores: one number each, as tensors [] or [1]. response_masks: 1
         on the response tokens to train on, [t_i]. With a policy server the new weights are live when this returns.
 
-        Raises ValueError, naming the argument, for input that does not fit, before anything changes, and
-        trainer.learner.NonFiniteLossError in place of the update that would have spoiled the weights.
+        Warns when the KL estimate is far below 0. Raises ValueError, naming the argument, for input that does not fit,
+        before anything changes, and trainer.learner.NonFiniteLossError in place of the update that would have spoiled
+        the weights.
         """
         batch = self._rollout(queries, responses, scores, response_masks)
         statistics = self.learner.step(batch)
+        warn_of_negative_kl(statistics["objective/kl"])
         self._step += 1
         self._publish()
         return statistics

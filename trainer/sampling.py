@@ -108,6 +108,17 @@ def warn_of_shaping(shaping: dict[str, Any]) -> None:
     )
 
 
+def warn_of_negative_kl(kl: Any) -> None:
+    """Say so when the mean KL per sample, in nats, is below −1 (TRL's limit): noise seldom is."""
+    if float(kl) < -1.0:
+        warnings.warn(
+            f"the KL estimate is {float(kl):.2f} nats: the responses are likelier under the reference than under the "
+            "policy, as when they were sampled with settings that shape the distribution; training may fail",
+            SamplingShapeWarning,
+            stacklevel=3,
+        )
+
+
 def served_sampling(settings: dict[str, Any], *, eos_token_ids: tuple[int, ...]) -> ServedSampling:
     """The Generate request's settings for transformers' generation arguments.
 

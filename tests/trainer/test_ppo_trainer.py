@@ -1,5 +1,6 @@
 """The façade in one process: TRL's calls, its checks with clear words, and what it warns about."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def test_a_reference_of_ones_own_is_used_with_or_without_a_value_head(
     other = AutoModelForCausalLM.from_pretrained(make_tiny_gpt2(tmp_path, seed=5))
     trainer = PPOTrainer(PPOConfig(batch_size=1), model, other, make_byte_tokenizer())
 
-    stats = trainer.step([ids("hello")], [ids("world")], [torch.tensor(1.0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SamplingShapeWarning)  # the estimate on made-up text may be anything
+        stats = trainer.step([ids("hello")], [ids("world")], [torch.tensor(1.0)])
 
     assert abs(float(stats["objective/kl"])) > 0.1
     assert not any(parameter.requires_grad for parameter in other.parameters())
@@ -104,6 +107,17 @@ def test_settings_that_bias_the_kl_are_warned_about_once_and_plain_ones_never(tr
     trainer.generate(query, do_sample=True, temperature=0.8, max_new_tokens=2)
     with pytest.warns(SamplingShapeWarning, match="top_p=0.9"):
         trainer.generate(query, do_sample=True, top_p=0.9, max_new_tokens=2)
+
+
+def test_a_kl_estimate_far_below_zero_is_warned_about(
+    folder: Path, tmp_path: Path, model: AutoModelForCausalLMWithValueHead
+) -> None:
+    other = AutoModelForCausalLMWithValueHead.from_pretrained(make_tiny_gpt2(tmp_path, seed=5))
+    likely_there = other.generate(ids("hello")[None], do_sample=False, max_new_tokens=8, pad_token_id=256)[0, 5:]
+    trainer = PPOTrainer(PPOConfig(batch_size=1), model, other, make_byte_tokenizer())
+
+    with pytest.warns(SamplingShapeWarning, match="KL estimate is -"):
+        trainer.step([ids("hello")], [likely_there], [torch.tensor(1.0)])
 
 
 @pytest.mark.parametrize(
