@@ -73,6 +73,12 @@ class IncrementalText:
             self._cut(window)
         return piece
 
+    def unsettled(self) -> str:
+        """Whole characters that are held back only because ill-formed bytes after them would change their decoding."""
+        if not self._in_byte_run:
+            return ""
+        return self._decode(self._ids[self._window :])[self._shown :].rstrip(REPLACEMENT)
+
     def finish(self) -> str:
         """Return the rest, an incomplete character as U+FFFD."""
         whole = self._decode(self._ids)
@@ -121,6 +127,10 @@ class StopStrings:
             end, negative_length, self.found = min(hits)
             return self._release(end + negative_length)
         return self._release(len(self._held) - self._may_begin(self._held))
+
+    def would_find(self, text: str) -> bool:
+        """Whether a stop string would be complete if `text` came next."""
+        return bool(text) and any(stop in self._held + text for stop in self._stop_strings)
 
     def finish(self) -> str:
         """Return what was held back, now that nothing follows."""

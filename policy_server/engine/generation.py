@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from rlhf.failures import RpcFailure
 from torch import Tensor
 
 from policy_server.engine.detokenize import IncrementalText, StopStrings, TokenDecoder
 from policy_server.engine.model import ServedModel
 from policy_server.engine.protocol import FinishReason, GenerationRequest, TokenDelta, VersionSpan, WeightsVersion
 from policy_server.engine.sampling import SEEDS, Draw
+from rlhf.failures import RpcFailure
 
 
 @dataclass(eq=False)
@@ -109,6 +109,8 @@ class Row:
             self._seen[token_id] = True
         if sampling.stop_strings:
             self._decode()
+            if self._stops.would_find(self._text.unsettled()):
+                self._pending_text += self._stops.push(self._text.finish())
         if token_id in self.model.eos_token_ids:
             self.finish_reason = FinishReason.EOS
         elif token_id in sampling.stop_token_ids or self._stops.found:
@@ -129,7 +131,7 @@ class Row:
         self._decode()
         if self.finish_reason is not None:
             self._pending_text += self._stops.push(self._text.finish()) + self._stops.finish()
-            if self._stops.found:
+            if self._stops.found and self.finish_reason is not FinishReason.EOS:
                 self.finish_reason = FinishReason.STOP
         delta = TokenDelta(
             index=self.index,
@@ -139,7 +141,7 @@ class Row:
             processed_logprobs=tuple(self._processed),
             spans=tuple(self._spans),
             finish_reason=self.finish_reason,
-            stop_string=self._stops.found,
+            stop_string=self._stops.found if self.finish_reason is FinishReason.STOP else "",
         )
         self._delivered = len(self.completion)
         self._pending_text = ""

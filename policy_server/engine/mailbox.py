@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -55,10 +56,11 @@ class Outbox:
 
     def flush(self) -> None:
         """Hand everything over; what a closed loop can't take is lost with those who waited for it."""
-        if not self._deliveries or self._loop.is_closed():
+        if not self._deliveries:
             return
         deliveries, self._deliveries = self._deliveries, []
-        self._loop.call_soon_threadsafe(_run, deliveries)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(_run, deliveries)
 
 
 def _run(deliveries: list[Task]) -> None:

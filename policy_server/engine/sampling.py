@@ -19,6 +19,10 @@ from policy_server.engine.protocol import Sampling
 
 SEEDS = 2**64
 
+# Logits divided by less overflow; their distribution is on the most likely token well before.
+SMALLEST_TEMPERATURE = 1e-30
+_LARGEST_PENALISED = 1e8  # finite also after division by the smallest temperature
+
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -93,7 +97,7 @@ def process(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     scores = _where(
         scores,
         [on and each.temperature != 1.0 for on, each in zip(sampled, settings, strict=True)],
-        lambda x, rows: x / _column(x, [settings[row].temperature for row in rows]),
+        lambda x, rows: x / _column(x, [max(settings[row].temperature, SMALLEST_TEMPERATURE) for row in rows]),
     )
     scores = _where(
         scores,
@@ -180,7 +184,9 @@ def _column(like: Tensor, values: Sequence[float]) -> Tensor:
 def _penalise(scores: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Tensor:
     seen = torch.stack([mask for row in rows if (mask := draws[row].seen) is not None]).to(scores.device)
     penalty = _column(scores, [draws[row].sampling.repetition_penalty for row in rows])
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+    penalised = penalised.clamp(min=-_LARGEST_PENALISED, max=_LARGEST_PENALISED)
+    return torch.where(seen & scores.isfinite(), penalised, scores)
 
 
 def _forbid(scores: Tensor, token_ids: Sequence[tuple[int, ...]]) -> Tensor:

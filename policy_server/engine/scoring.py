@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from policy_server.engine.model import ServedModel
 from policy_server.engine.protocol import ScoringRequest
+from policy_server.engine.sampling import SMALLEST_TEMPERATURE
+from rlhf import failures
 
 _MOST_LOGITS = 2**24  # elements of one piece of logits: 64 MiB in float32
 
@@ -49,22 +52,28 @@ class Scorer:
         self._splits = _splits(model)
 
     def score(self, request: ScoringRequest, batch: MicroBatch) -> dict[int, SequenceScore]:
-        """Log-probabilities and (if asked for) entropies of a micro-batch, by place in the request."""
+        """Log-probabilities and (if asked for) entropies of a micro-batch, by place in the request.
+
+        Raises internal when one of them is not finite.
+        """
         pairs = [request.sequences[place] for place in batch.sequences]
         hidden_rows = self._hidden_rows(pairs) if self._splits else None
         targets = torch.tensor([token for _, completion in pairs for token in completion], device=self._model.device)
         logprobs: list[float] = []
         entropies: list[float] = []
         pieces = self._head(hidden_rows) if hidden_rows is not None else self._whole(pairs)
+        temperature = max(request.temperature, SMALLEST_TEMPERATURE)
         start = 0
         for logits in pieces:
-            distribution = torch.log_softmax(logits.float() / request.temperature, dim=-1)
+            distribution = torch.log_softmax(logits.float() / temperature, dim=-1)
             piece = targets[start : start + len(logits)].unsqueeze(-1)
             logprobs += distribution.gather(-1, piece).squeeze(-1).tolist()
             if request.entropies:
                 # A token of probability 0 adds nothing; -inf × 0 would add NaN.
                 entropies += (-(distribution.exp() * distribution).nan_to_num(nan=0.0).sum(dim=-1)).tolist()
             start += len(logits)
+        if not all(map(math.isfinite, [*logprobs, *entropies])):
+            raise failures.internal("the model's logits are not finite")
         result: dict[int, SequenceScore] = {}
         start = 0
         for place, (_, completion) in zip(batch.sequences, pairs, strict=True):

@@ -46,10 +46,13 @@ class ParameterTable:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy checked tensors into the existing parameters, cast to their dtype; those not named keep their values."""
-        for name, tensor in tensors.items():
-            parameter = self._parameters[name]
-            # Cast where the tensor is: then the copy allocates nothing on the device and can't fail half-way.
-            parameter.data.copy_(tensor.to(parameter.dtype))
+        # A copy that casts within one memory, or crosses without casting, allocates nothing: it can't fail half-way.
+        ready = {
+            name: tensor if tensor.device == self._parameters[name].device else tensor.to(self._parameters[name].dtype)
+            for name, tensor in tensors.items()
+        }
+        for name, tensor in ready.items():
+            self._parameters[name].data.copy_(tensor)
 
 
 def rehouse(module: nn.Module) -> None:

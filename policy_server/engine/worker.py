@@ -299,10 +299,12 @@ class EngineWorker:
         try:
             check_swap(job.version, self._policy.version, job.if_current)
             self._parameters.check(job.tensors)
-        except RpcFailure as failure:
-            self._outbox.resolve(job.future, failure)
+            self._parameters.load(job.tensors)
+        except Exception as error:
+            if not isinstance(error, RpcFailure):
+                _log.exception("Weights could not be copied")
+            self._outbox.resolve(job.future, _translated(error))
             return
-        self._parameters.load(job.tensors)
         self._policy.version = job.version
         self._after_swap(job.in_flight)
         self._observer.swapped(job.in_flight, seconds=time.perf_counter() - started)

@@ -151,6 +151,17 @@ def test_stop_strings_cut_the_text_wherever_pieces_end(text: str, stops: list[st
     assert (shown + search.finish(), search.found) == (kept, found)
 
 
+def test_a_stop_string_of_byte_tokens_is_found_at_once() -> None:
+    decoder = DECODERS["sentencepiece_like"]
+    text, stops = IncrementalText(decoder), StopStrings(["\n\n"])
+    newline = 1 + len(PIECES) + ord("\n")
+    assert stops.push(text.push([1, newline])) == ""
+    assert not stops.would_find(text.unsettled())
+    assert stops.push(text.push([newline])) == ""
+    assert stops.would_find(text.unsettled())
+    assert (stops.push(text.finish()), stops.found) == ("the", "\n\n")
+
+
 def test_text_that_may_become_a_stop_string_waits_and_comes_when_it_does_not() -> None:
     search = StopStrings(["END", "\n\n"])
     pieces = ["the E", "N", "GINE", "\n", "EN", "D!"]

@@ -67,6 +67,26 @@ def test_each_row_is_processed_as_transformers_processes_it_alone(
         assert torch.equal(processed[index], by_transformers(logits[index], row, history, 4))
 
 
+@settings(deadline=None)
+@given(
+    temperature=st.floats(0, 2.0**127, width=32),
+    penalty=st.floats(0, 2.0**127, width=32, exclude_min=True),
+    top_p=st.floats(0, 1, width=32, exclude_min=True),
+    min_p=st.floats(0, 1, width=32),
+    scale=st.sampled_from([0.0, 1.0, 1000.0]),
+)
+def test_no_legal_setting_makes_a_draw_impossible(
+    temperature: float, penalty: float, top_p: float, min_p: float, scale: float
+) -> None:
+    row = Sampling(temperature=temperature, repetition_penalty=penalty, top_p=top_p, min_p=min_p)
+    logits = torch.linspace(-1, 1, VOCAB).unsqueeze(0) * scale
+    for seen in (torch.ones(VOCAB, dtype=torch.bool), torch.arange(VOCAB) % 2 == 0):
+        drawn = draw(logits, [Draw(row, 1, 0, seen=seen, raw_logprob=True, processed_logprob=True)])
+        assert drawn.valid == [True]
+        assert math.isfinite(drawn.raw_logprobs[0] or 0.0)
+        assert math.isfinite(drawn.processed_logprobs[0] or 0.0)
+
+
 def test_ties_survive_top_k_as_in_transformers() -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     processed = process(logits, [Draw(Sampling(top_k=1), 0, 0)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 
 import pytest
@@ -121,6 +122,24 @@ def test_a_plan_keeps_the_budget_and_every_sequence() -> None:
             padded = len(batch.sequences) * max(lengths[place] for place in batch.sequences)
             assert padded <= 40 or len(batch.sequences) == 1
             assert len(batch.sequences) == 1 or not one_by_one
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-20, 3e38])
+async def test_any_legal_temperature_gives_finite_scores(temperature: float) -> None:
+    async with running(loaded(make_model("gpt2"))) as engine:
+        scores = await engine.log_probs(
+            ScoringRequest("r", "policy", pairs(3), temperature=temperature, entropies=True)
+        )
+    assert all(math.isfinite(each) for row in scores.logprobs + scores.entropies for each in row)
+
+
+async def test_logits_that_are_not_finite_are_a_fault() -> None:
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = torch.nan
+    async with running(loaded(model)) as engine:
+        with pytest.raises(RpcFailure, match="not finite"):
+            await engine.log_probs(ScoringRequest("r", "policy", pairs(1)))
 
 
 async def test_an_unmet_precondition_fails_the_scores() -> None:

@@ -257,6 +257,17 @@ async def test_tensors_that_do_not_fit_change_nothing(bad: str) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+async def test_a_copy_that_fails_reaches_the_writer_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(loaded(make_model("gpt2"))) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._parameters, "load", lambda _: 1 / 0)
+            with pytest.raises(RpcFailure) as caught:
+                await engine.load_weights({}, FIRST, if_current=None, in_flight=InFlight.RECOMPUTE)
+        assert engine.describe("policy").weights == INITIAL
+        await generate(engine, greedy([1]))
+    assert caught.value.code is grpc.StatusCode.INTERNAL
+
+
 def _join(spans: list[VersionSpan]) -> list[VersionSpan]:
     """Spans of all deltas with equal neighbours joined."""
     joined: list[VersionSpan] = []
