@@ -1,0 +1,97 @@
+"""Servers that die, and rewards that don't score, cost a run nothing but time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.training import World, assert_accounted_once, assert_same_bits, metric, small_world
+from tests.support.processes import ProcessUnderTest, wait_for
+
+# Every call is PENDING the first time; then a fifth of the rows is ABSTAINED and a fifth FAILED (not a number).
+PICKY = """
+import math
+from reward_server.results import RetryLater
+calls = 0
+def reward(prompts, completions, **columns):
+    global calls
+    calls += 1
+    if calls % 2:
+        raise RetryLater(0.05, "the judge is out")
+    return [{1: None, 2: math.nan}.get(int(prompt.split()[2]) % 5, 0.5) for prompt in prompts]
+"""
+NOTHING = """
+def reward(prompts, completions, **columns):
+    return [None] * len(prompts)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with small_world(tmp_path_factory.mktemp("faults")) as world:
+        yield world
+
+
+def generated(policy: ProcessUnderTest) -> float:
+    return metric(policy, "grpc_server_handled_total", grpc_method="Generate", grpc_code="OK")
+
+
+def test_both_servers_killed_and_restarted_in_mid_run_change_nothing(world: World) -> None:
+    settings = {"steps": 4, "max_new_tokens": 48, "rollout_concurrency": 2}
+    policy, reward = world.policy_server(), world.reward_server()
+    undisturbed = world.trainer(policy, reward, "undisturbed", **settings)
+    assert undisturbed.wait_exit(within=180) == 0, undisturbed.log_text()
+
+    trainer = world.trainer(policy, reward, "disturbed", **settings)
+    wait_for(lambda: world.steps_done("disturbed") >= 1, within=120, what="first step")
+    answered = generated(policy)
+    wait_for(lambda: generated(policy) >= answered + 2, within=60, what="rollouts of the second step")
+    policy_address = policy.address
+    policy.kill()
+    wait_for(lambda: metric(trainer, "rlhf_trainer_waiting", on="policy") == 1, within=60, what="wait for the policy")
+    policy = world.policy_server(listen=policy_address)
+    wait_for(lambda: world.steps_done("disturbed") >= 2, within=120, what="second step")
+
+    reward_address = reward.address
+    reward.kill()
+    wait_for(lambda: metric(trainer, "rlhf_trainer_waiting", on="reward") == 1, within=60, what="wait for the reward")
+    world.reward_server(listen=reward_address)
+
+    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
+    assert_same_bits(world.final_parameters("disturbed"), world.final_parameters("undisturbed"))
+    assert_accounted_once(world, "disturbed")
+    assert "waiting for the policy server" in trainer.log_text()
+    assert "waiting for the reward server" in trainer.log_text()
+
+
+def test_rewards_that_are_pending_abstained_or_not_numbers_never_enter_a_batch(world: World) -> None:
+    policy, reward = world.policy_server(), world.reward_server(PICKY, name="picky")
+
+    trainer = world.trainer(policy, reward, "picky", steps=2, batch_size=16)
+
+    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
+    assert_accounted_once(world, "picky")
+    lines = world.lines("picky", "accounting.jsonl")
+    reasons = {1: "abstained", 2: "failed"}
+    assert [line.get("reason") for line in lines] == [reasons.get(line["row"] % 5) for line in lines]
+    for step in world.lines("picky", "metrics.jsonl", "step"):
+        trained = [line for line in lines if line["step"] == step["step"] and line["outcome"] == "trained"]
+        assert step["samples/trained"] == len(trained)
+        assert step["samples/dropped"] == 16 - len(trained)
+        assert step["ppo/mean_scores"] == 0.5
+
+
+def test_steps_without_a_sample_change_no_weights_and_publish_nothing(world: World) -> None:
+    policy, reward = world.policy_server(), world.reward_server(NOTHING, name="nothing")
+
+    trainer = world.trainer(policy, reward, "nothing", steps=2, eval_prompts=0)
+
+    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
+    assert [line["weights_version"] for line in world.lines("nothing", "metrics.jsonl", "step")] == [0, 0]
+    assert metric(policy, "grpc_server_handled_total", grpc_method="UpdateWeights") == 1
+    start = load_file(world.model / "model.safetensors")
+    end = world.final_parameters("nothing")
+    assert all(torch.equal(end[name], start[name]) for name in start)

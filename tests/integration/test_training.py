@@ -1,0 +1,124 @@
+"""A whole run over three real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.integration.training import World, assert_accounted_once, metric, small_world
+from tests.support.processes import wait_for
+from trainer.model import AutoModelForCausalLMWithValueHead
+
+# Evaluation at 0, steps 1 and 2, evaluation at 2: 24 samples. Those of step 3 wait until the test has read the metrics.
+GATED = """
+import pathlib, time
+GATE = pathlib.Path(__file__).with_name("gate")
+scored = 0
+def reward(prompts, completions, completion_ids, stars, **columns):
+    global scored
+    while scored >= 24 and not GATE.exists():
+        time.sleep(0.01)
+    scored += len(completions)
+    assert all(prompt.startswith("The film") for prompt in prompts)
+    assert all(isinstance(each, int) for each in stars)
+    return [len(set(ids)) / len(ids) for ids in completion_ids]
+"""
+STEPS, ROWS_PER_STEP = 3, 8
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, dict[str, float]]]:
+    """A run of three steps that has ended, and what its metrics endpoint said after the second."""
+    with small_world(tmp_path_factory.mktemp("training")) as world:
+        policy, reward = world.policy_server(), world.reward_server(GATED, name="gated")
+        trainer = world.trainer(policy, reward, "run", steps=STEPS, run_id="my-run")
+        wait_for(lambda: trainer.poll() is not None or world.steps_done("run") == 2, within=120, what="second step")
+        trainer.wait_bound()
+        names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
+        seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
+        seen["trained"] = metric(trainer, "rlhf_trainer_samples_trained_total")
+        seen["waiting"] = metric(trainer, "rlhf_trainer_waiting")
+        seen["rollouts timed"] = metric(trainer, "rlhf_trainer_phase_seconds_count", phase="rollout")
+        seen["publishes at the server"] = metric(
+            policy, "grpc_server_handled_total", grpc_method="UpdateWeights", grpc_code="OK"
+        )
+        (world.folder / "gate").touch()
+        assert trainer.wait_exit(within=120) == 0, trainer.log_text()
+        yield world, seen
+
+
+def test_metrics_tell_where_the_run_is(finished: tuple[World, dict[str, float]]) -> None:
+    world, seen = finished
+    second = world.lines("run", "metrics.jsonl", "step")[1]
+
+    assert seen["step"] == 2
+    assert seen["weights_version"] == 2
+    assert seen["incarnation"] == 1
+    assert seen["trained"] == 2 * ROWS_PER_STEP
+    assert seen["waiting"] == 0
+    assert seen["rollouts timed"] == 2
+    assert seen["publishes at the server"] == 3
+    assert seen["objective_kl"] == second["objective/kl"]
+    assert seen["ppo_loss_total"] == second["ppo/loss/total"]
+    assert seen["ppo_mean_scores"] == second["ppo/mean_scores"]
+
+
+def test_the_final_model_and_every_checkpoint_load_plainly(finished: tuple[World, dict[str, float]]) -> None:
+    world, _ = finished
+    run = world.folder / "run"
+
+    for folder in (run / "model", *(run / "checkpoints").iterdir()):
+        AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        head = AutoModelForCausalLMWithValueHead.from_pretrained(folder).v_head.summary.weight
+        assert torch.isfinite(head).all()
+    start = AutoModelForCausalLM.from_pretrained(world.model)
+    trained = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert not torch.equal(start.transformer.wte.weight, trained.transformer.wte.weight)
+
+
+def test_numbers_and_samples_are_written_for_every_step_and_evaluation(
+    finished: tuple[World, dict[str, float]],
+) -> None:
+    world, _ = finished
+    evaluations = world.lines("run", "metrics.jsonl", "evaluation")
+
+    assert [line["step"] for line in world.lines("run", "metrics.jsonl", "step")] == [1, 2, 3]
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+    assert abs(evaluations[0]["kl_mean"]) < 1e-4
+    assert evaluations[-1]["kl_mean"] > 0.01
+    assert {"reward_mean", "kl_mean", "distinct_fraction", "length_mean"} <= evaluations[0].keys()
+    samples = world.lines("run", "samples.jsonl", "evaluation")
+    assert len(samples) == 3 * 4
+    assert {sample["prompt"] for sample in samples[:4]} == {sample["prompt"] for sample in samples[-4:]}
+    assert all(isinstance(sample["reward"], float) and sample["completion"] for sample in samples)
+
+
+def test_every_prompt_is_accounted_once_and_none_is_held_out(finished: tuple[World, dict[str, float]]) -> None:
+    world, _ = finished
+
+    assert_accounted_once(world, "run")
+    lines = world.lines("run", "accounting.jsonl")
+    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * ROWS_PER_STEP
+    held_out = {sample["prompt"] for sample in world.lines("run", "samples.jsonl", "evaluation")}
+    assert held_out.isdisjoint(f"The film {line['row']} was" for line in lines)
+
+
+def test_a_run_folder_in_use_is_not_begun_again(finished: tuple[World, dict[str, float]], tmp_path: Path) -> None:
+    world, _ = finished
+    flags = {"model": world.model, "policy-server": "127.0.0.1:1", "reward-server": "127.0.0.1:1", "data": world.data}
+    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+
+    fresh = world.start("trainer", *given, "--run-dir", str(world.folder / "run"), listen=None)
+    finished_again = world.start(
+        "trainer", *given, "--run-dir", str(world.folder / "run"), "--steps", str(STEPS), "--resume", listen=None
+    )
+
+    assert fresh.wait_exit() == 78
+    assert "--resume" in fresh.log_text()
+    # Nothing is left to do, so no server is needed.
+    assert finished_again.wait_exit() == 0

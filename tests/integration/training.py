@@ -1,0 +1,136 @@
+"""A small run over three real processes, and what its tests need to follow and disturb it."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.support.models import make_tiny_gpt2
+from tests.support.processes import ProcessUnderTest, StartProcess, process_factory
+
+POLICY_FLAGS = ("--reproducible", "--threads", "1", "--managed")
+ROWS = 60
+
+VOWELS = '''
+def reward(prompts, completions, **columns):
+    """The share of vowels and spaces."""
+    return [sum(text.count(letter) for letter in "aeiou ") / (1 + len(text)) for text in completions]
+'''
+
+
+@dataclass
+class World:
+    """A folder with a model, data and rewards, and the servers that tests share or restart."""
+
+    folder: Path
+    start: StartProcess
+    model: Path = field(init=False)
+    data: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = make_tiny_gpt2(self.folder / "model")
+        self.data = self.folder / "data.jsonl"
+        rows = ({"prompt": f"The film {row} was", "stars": row % 5} for row in range(ROWS))
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def policy_server(self, *, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
+        """A managed, reproducible policy server; returns at once."""
+        return self.start("policy_server", "--model", str(self.model), *POLICY_FLAGS, listen=listen)
+
+    def reward_server(
+        self, source: str = VOWELS, *, listen: str = "127.0.0.1:0", name: str = "vowels"
+    ) -> ProcessUnderTest:
+        """A reward server of the function `reward` in `source`; returns at once."""
+        file = self.folder / f"{name}.py"
+        file.write_text(source)
+        return self.start("reward_server", "--reward", f"{file}:reward", listen=listen)
+
+    def trainer(
+        self, policy: ProcessUnderTest, reward: ProcessUnderTest, run: str, *flags: str, **settings: object
+    ) -> ProcessUnderTest:
+        """A reproducible trainer on the run folder `run`; `settings` replace what is set here."""
+        for server in (policy, reward):
+            server.wait_bound()
+        values: dict[str, object] = {
+            "model": self.model,
+            "policy_server": policy.address,
+            "reward_server": reward.address,
+            "data": self.data,
+            "run_dir": self.folder / run,
+            "steps": 5,
+            "batch_size": 8,
+            "mini_batch_size": 4,
+            "max_new_tokens": 24,
+            "eval_prompts": 4,
+            "eval_every": 2,
+            "save_every": 1,
+            "learning_rate": 1e-3,
+            "threads": 1,
+            "log_format": "text",
+            **settings,
+        }
+        given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        return self.start("trainer", *given, "--reproducible", *flags, listen=None)
+
+    def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
+        """The whole lines of a run's .jsonl file so far, of one kind if given."""
+        path = self.folder / run / file
+        if not path.exists():
+            return []
+        text = path.read_text()
+        records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [record for record in records if kind is None or record["kind"] == kind]
+
+    def steps_done(self, run: str) -> int:
+        """PPO steps whose line is written."""
+        return len(self.lines(run, "metrics.jsonl", "step"))
+
+    def final_parameters(self, run: str) -> dict[str, torch.Tensor]:
+        """Every tensor of the finished run's model, value head included."""
+        return load_file(self.folder / run / "model" / "model.safetensors")
+
+
+@contextmanager
+def small_world(folder: Path) -> Iterator[World]:
+    """A world whose processes end with the block."""
+    with process_factory(folder / "processes") as start:
+        yield World(folder, start)
+
+
+def metric(process: ProcessUnderTest, name: str, **labels: str) -> float:
+    """A sample of the process's Prometheus endpoint, the sum over label sets that match; 0 when there is none."""
+    with urllib.request.urlopen(process.metrics_url, timeout=10) as answer:
+        text = answer.read().decode()
+    total = 0.0
+    for line in text.splitlines():
+        match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+        if match and match[1] == name and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
+            total += float(match[3])
+    return total
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Every tensor equal, bit for bit."""
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+def assert_accounted_once(world: World, run: str) -> None:
+    """Every prompt drawn is in accounting.jsonl once, in the cursor's order, without a gap."""
+    places = [(line["epoch"], line["position"]) for line in world.lines(run, "accounting.jsonl")]
+    assert len(set(places)) == len(places)
+    assert places == sorted(places)
+    rows = len({line["row"] for line in world.lines(run, "accounting.jsonl") if line["epoch"] == 0})
+    in_first_pass = [position for epoch, position in places if epoch == 0]
+    assert in_first_pass == list(range(len(in_first_pass)))
+    assert rows == len(in_first_pass)
