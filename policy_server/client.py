@@ -16,13 +16,16 @@ from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a refused or failed call, 130 for Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 a refused or failed call, 2 a wrong argument, 130 Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         asyncio.run(arguments.run(arguments))
     except grpc.RpcError as error:
         print(f"error: {_one_line(from_rpc_error(error))}", file=sys.stderr)
         return 1
+    except ValueError as error:  # a number that the field of the message cannot hold
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

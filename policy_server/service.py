@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,16 +79,17 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             for index in range(wanted.sampling.n)
         ]
         texts: list[list[str]] = [[] for _ in completions]
-        async for delta in self._deltas(wanted, context):
-            _extend(completions[delta.index], delta)
-            texts[delta.index].append(delta.text)
+        async with aclosing(self._deltas(wanted)) as deltas:
+            async for delta in deltas:
+                _extend(completions[delta.index], delta)
+                texts[delta.index].append(delta.text)
         for completion, pieces in zip(completions, texts, strict=True):
             completion.text = "".join(pieces)
         return policy_pb2.GenerateResponse(prompt_token_ids=wanted.prompt_token_ids, completions=completions)
 
     async def StreamGenerate(  # noqa: N802
         self, request: policy_pb2.StreamGenerateRequest, context: Context
-    ) -> AsyncIterator[policy_pb2.StreamGenerateResponse]:
+    ) -> AsyncGenerator[policy_pb2.StreamGenerateResponse, None]:
         """Complete one prompt n times, as deltas."""
         self._readiness.require()
         violations = validation.Violations()
@@ -100,15 +102,16 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         )
         arrived = time.perf_counter()
         prompt_token_ids: tuple[int, ...] = wanted.prompt_token_ids
-        async for delta in self._deltas(wanted, context):
-            if prompt_token_ids:
-                metrics.FIRST_MESSAGE_SECONDS.observe(time.perf_counter() - arrived)
-            completion = policy_pb2.Completion(
-                index=delta.index, text=delta.text, seed=(wanted.sampling.seed + delta.index) % _SEEDS
-            )
-            _extend(completion, delta)
-            yield policy_pb2.StreamGenerateResponse(delta=completion, prompt_token_ids=prompt_token_ids)
-            prompt_token_ids = ()
+        async with aclosing(self._deltas(wanted)) as deltas:
+            async for delta in deltas:
+                if prompt_token_ids:
+                    metrics.FIRST_MESSAGE_SECONDS.observe(time.perf_counter() - arrived)
+                completion = policy_pb2.Completion(
+                    index=delta.index, text=delta.text, seed=(wanted.sampling.seed + delta.index) % _SEEDS
+                )
+                _extend(completion, delta)
+                yield policy_pb2.StreamGenerateResponse(delta=completion, prompt_token_ids=prompt_token_ids)
+                prompt_token_ids = ()
 
     async def LogProbs(  # noqa: N802
         self, request: policy_pb2.LogProbsRequest, context: Context
@@ -174,15 +177,14 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         validation.check_room(ids, wanted.completion_prefix, limits, path=f"{path}prompt")
         return replace(wanted, prompt_token_ids=ids)
 
-    async def _deltas(self, wanted: protocol.GenerationRequest, context: Context) -> AsyncIterator[protocol.TokenDelta]:
-        """The engine's deltas of every completion to its end; a caller that goes away frees the engine's rows."""
-        # A handler that is cancelled while it sends is not told before the garbage collector closes it.
-        context.add_done_callback(lambda _: self._engine.cancel(wanted.request_id))  # type: ignore[arg-type]
+    async def _deltas(self, wanted: protocol.GenerationRequest) -> AsyncGenerator[protocol.TokenDelta, None]:
+        """The engine's deltas of every completion to its end; closing this early frees the engine's rows."""
         unfinished = set(range(wanted.sampling.n))
-        async for delta in self._engine.submit(wanted):
-            if delta.finish_reason is not None:
-                unfinished.discard(delta.index)
-            yield delta
+        async with aclosing(self._engine.submit(wanted)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is not None:
+                    unfinished.discard(delta.index)
+                yield delta
         if unfinished:
             raise internal(f"the engine left {len(unfinished)} of {wanted.sampling.n} completions unfinished")
 

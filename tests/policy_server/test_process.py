@@ -77,6 +77,14 @@ def test_a_client_without_a_server_says_so_in_one_line(capsys: pytest.CaptureFix
     assert error.count("\n") == 1
 
 
+def test_a_number_that_no_field_can_hold_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert client.main(["generate", "Hello", "--seed", "-1"]) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("argument", ["--help", "--print-config"])
 def test_questions_about_settings_are_answered_without_torch(argument: str) -> None:
     script = (

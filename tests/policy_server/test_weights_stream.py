@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ import pytest_asyncio
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from policy_server import metrics
 from rlhf.policy.v1 import policy_pb2
 from rlhf.weights.v1 import weights_pb2
 from tests.policy_server.harness import (
@@ -316,6 +318,54 @@ async def test_a_cut_part_can_be_sent_again_beside_its_siblings(served: Served, 
 
 async def _is(served: Served, update_id: str, expected: int) -> bool:
     return await state(served, update_id) == expected
+
+
+# Callers that go away while the swap waits
+
+
+async def test_a_swap_that_waits_is_called_off_with_its_call(tmp_path: Path) -> None:
+    model = make_tiny_gpt2(tmp_path / "long", context=1024)
+    stream = update(weights_of(model), version(1), in_flight=weights_pb2.IN_FLIGHT_WAIT)
+    async with serving(model) as served:
+        running = asyncio.create_task(greedy(served, max_new_tokens=900, min_new_tokens=900))
+        await until(lambda: _runs(served))
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
+            await served.weights.UpdateWeights(stream.messages(), timeout=0.2)
+        await until(lambda: _is(served, "run-a/1/1", weights_pb2.UPDATE_STATE_FAILED))
+        assert await live(served) == policy_pb2.WeightsVersion()
+        assert len(await running) == 900
+
+        assert (await publish(served, stream)).state == APPLIED
+
+
+async def test_an_update_that_is_sent_again_while_it_waits_is_applied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny_gpt2(tmp_path / "long", context=1024)
+    stream = update(weights_of(model), version(1), in_flight=weights_pb2.IN_FLIGHT_WAIT)
+    async with serving(model) as served:
+        running = asyncio.create_task(greedy(served, max_new_tokens=900, min_new_tokens=900))
+        await until(lambda: _runs(served))
+        swaps: asyncio.Queue[object] = asyncio.Queue()
+        load_weights = served.engine.load_weights
+
+        async def noted(*arguments: Any, **options: Any) -> Any:
+            swaps.put_nowait(arguments[1])
+            return await load_weights(*arguments, **options)
+
+        monkeypatch.setattr(served.engine, "load_weights", noted)
+        first = asyncio.create_task(publish(served, stream))
+        await swaps.get()
+        again = await publish(served, stream)
+        await running
+
+    assert (await first).state == again.state == APPLIED
+    assert swaps.empty()
+
+
+async def _runs(served: Served) -> bool:
+    """A completion is running: RUNNING_COMPLETIONS is of the whole test process, one server at a time."""
+    return metrics.RUNNING_COMPLETIONS._value.get() > 0
 
 
 # Mistakes: each spoils a stream that would be whole and right
