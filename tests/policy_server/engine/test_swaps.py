@@ -102,6 +102,27 @@ async def test_recompute_goes_on_as_if_the_new_weights_had_read_everything(archi
     assert completion.token_ids == continued(old, new, [4, 5, 6], first.token_count)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "lfm2"])
+async def test_recompute_serves_rows_of_different_lengths(architecture: str) -> None:
+    old, new = make_model(architecture), make_model(architecture, seed=1)
+    prompts = [[4, 5, 6], list(range(20)), [9]]
+    watcher = Watcher()
+    async with running(loaded(make_model(architecture)), observer=watcher) as engine:
+        watcher.pause_after(6)
+        streams = [engine.submit(greedy(prompt)) for prompt in prompts]
+        await until(lambda: watcher.held)
+        swap = asyncio.create_task(
+            engine.load_weights(weights_of(new), FIRST, if_current=None, in_flight=InFlight.RECOMPUTE)
+        )
+        await asyncio.sleep(0)
+        watcher.resume()
+        completions = [completion for stream in streams for completion in await gather(stream)]
+        await swap
+    for prompt, completion in zip(prompts, completions, strict=True):
+        first, _ = _join(completion.spans)
+        assert completion.token_ids == continued(old, new, prompt, first.token_count)
+
+
 async def test_keep_cache_goes_on_with_old_entries_and_the_spans_say_so() -> None:
     async for engine in halfway(greedy([4, 5, 6])):
         swap = await engine.swap(make_model("gpt2", seed=1), InFlight.KEEP_CACHE)
