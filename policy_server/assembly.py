@@ -61,16 +61,7 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     began = time.perf_counter()
-    models = _load(settings)
-    engine = BatchEngine(
-        models,
-        max_batch_rows=settings.max_batch_rows,
-        max_queue_requests=settings.max_queue_requests,
-        max_context_tokens=settings.max_context_tokens,
-        score_tokens=settings.score_tokens,
-        reproducible=settings.reproducible,
-        observer=MetricsObserver(),
-    )
+    models, engine = _load(settings)
     await engine.start()
     _log.info("loaded", model=settings.model, seconds=round(time.perf_counter() - began, 1))
 
@@ -102,15 +93,25 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     return engine
 
 
-def _load(settings: PolicySettings) -> LoadedModels:
+def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return load_models(
+        models = load_models(
             settings.model,
             settings.reference,
             dtype=getattr(torch, settings.dtype),
             device=settings.device,
             reproducible=settings.reproducible,
         )
-    except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what is not there
+        engine = BatchEngine(
+            models,
+            max_batch_rows=settings.max_batch_rows,
+            max_queue_requests=settings.max_queue_requests,
+            max_context_tokens=settings.max_context_tokens,
+            score_tokens=settings.score_tokens,
+            reproducible=settings.reproducible,
+            observer=MetricsObserver(),
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what can't be had
         raise ModelError(f"cannot load the model: {error}") from error
+    return models, engine

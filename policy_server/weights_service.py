@@ -99,9 +99,9 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         if first is None or kind != "begin":
             field = "message" if first is not None and kind is None else "begin"
             raise invalid_argument(field, "the first message of a stream must be begin")
-        return self._check_begin(first.begin)
+        return await self._check_begin(first.begin)
 
-    def _check_begin(self, begin: weights_pb2.Begin) -> Opening:
+    async def _check_begin(self, begin: weights_pb2.Begin) -> Opening:
         if not begin.adapter_config_json:
             self._describe(begin.model, "begin.model")
         violations = Violations()
@@ -129,7 +129,10 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             begin.stream.part < max(part_count, 1), "begin.stream.part", f"must be below part_count = {part_count}"
         )
         violations.raise_if_any()
-        folder = resolve_below(self._weights_root, begin.directory.path) if source == "directory" else None
+        folder = None
+        if source == "directory":
+            # Shared storage may take its time to say what is there.
+            folder = await asyncio.to_thread(resolve_below, self._weights_root, begin.directory.path)
         if begin.total_bytes > self._max_staging_bytes:
             raise too_large(
                 f"{begin.total_bytes} bytes are more than the {self._max_staging_bytes} this server stages at most"
