@@ -7,6 +7,7 @@ single attempt, without a word).
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -155,7 +156,7 @@ async def wait_until_ready(
     delay = 0.05
     while True:
         wait.attempt += 1
-        remaining = _CHECK_SECONDS if timeout is None else max(timeout - wait.seconds(), 0.001)
+        remaining = math.inf if timeout is None else max(timeout - wait.seconds(), 0.001)
         try:
             answer = await stub.Check(request, timeout=min(_CHECK_SECONDS, remaining))
             if answer.status == health_pb2.HealthCheckResponse.SERVING:
@@ -169,10 +170,10 @@ async def wait_until_ready(
                 reason = str(failure)
             else:
                 raise failure from error
-        if timeout is not None and wait.seconds() + delay >= timeout:
+        if timeout is not None and (remaining := timeout - wait.seconds()) <= 0:
             raise TimeoutError(f"{wait.name()} was not ready within {timeout:g} seconds: {reason}")
         wait.report(reason)
-        await asyncio.sleep(delay * (1 + _random.uniform(0, 0.2)))
+        await asyncio.sleep(min(delay * (1 + _random.uniform(0, 0.2)), remaining))
         delay = min(1.0, delay * 2)
 
 

@@ -71,9 +71,10 @@ def serve() -> Serve:
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     """The error that a call fails with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
+        await result_of(call)
     return caught.value
+
+
+async def result_of(call: Any) -> Any:
+    """The answer of a call, or all of them."""
+    return [message async for message in call] if hasattr(call, "__aiter__") else await call

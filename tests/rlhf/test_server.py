@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from rlhf.channel import open_channel, wait_until_ready
 from rlhf.server import BindError
-from tests.rlhf.conftest import Serve, failure_of
+from tests.rlhf.conftest import Serve, failure_of, result_of
 from tests.support.processes import StartProcess, health_of, wait_for
 from tests.support.scripted_server import SERVICE, Stub
 
@@ -63,8 +63,8 @@ async def test_health_does_not_know_a_service_that_is_not_there(serve: Serve) ->
 async def test_reflection_lists_the_services(serve: Serve) -> None:
     async with serve() as served:
         stub: Any = reflection_pb2_grpc.ServerReflectionStub(served.channel)
-        calls = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        answer = [message async for message in calls][0]
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        [answer] = await result_of(stub.ServerReflectionInfo(iter([request])))
 
     names = {service.name for service in answer.list_services_response.service}
     assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
@@ -104,7 +104,7 @@ async def test_a_metrics_port_that_is_taken_is_an_error_that_names_it(serve: Ser
 
 
 async def test_an_address_that_is_none_is_an_error_that_names_it(serve: Serve) -> None:
-    with pytest.raises(BindError, match="no-such-host.invalid:1"):
+    with pytest.raises(BindError, match=r"no-such-host\.invalid:1"):
         async with serve(listen="no-such-host.invalid:1"):
             pass
 
