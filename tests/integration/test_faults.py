@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.training import World, assert_accounted_once, assert_same_bits, metric, small_world
+from tests.integration.training import (
+    World,
+    assert_accounted_once,
+    assert_finished,
+    assert_same_bits,
+    metric,
+    published,
+)
 from tests.support.processes import ProcessUnderTest, wait_for
 
 # Every call is PENDING the first time; then a fifth of the rows is ABSTAINED and a fifth FAILED (not a number).
@@ -29,50 +33,34 @@ def reward(prompts, completions, **columns):
 """
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with small_world(tmp_path_factory.mktemp("faults")) as world:
-        yield world
-
-
 def generated(policy: ProcessUnderTest) -> float:
     return metric(policy, "grpc_server_handled_total", grpc_method="Generate", grpc_code="OK")
 
 
-def test_both_servers_killed_and_restarted_in_mid_run_change_nothing(world: World) -> None:
-    settings = {"steps": 4, "max_new_tokens": 48, "rollout_concurrency": 2}
-    policy, reward = world.policy_server(), world.reward_server()
-    undisturbed = world.trainer(policy, reward, "undisturbed", **settings)
-    assert undisturbed.wait_exit(within=180) == 0, undisturbed.log_text()
-
-    trainer = world.trainer(policy, reward, "disturbed", **settings)
+def test_both_servers_killed_and_restarted_in_mid_run_change_nothing(world: World, uninterrupted: str) -> None:
+    trainer = world.trainer("disturbed")
     wait_for(lambda: world.steps_done("disturbed") >= 1, within=120, what="first step")
-    answered = generated(policy)
-    wait_for(lambda: generated(policy) >= answered + 2, within=60, what="rollouts of the second step")
-    policy_address = policy.address
-    policy.kill()
+    answered = generated(world.policy)
+    wait_for(lambda: generated(world.policy) >= answered + 2, within=60, what="rollouts of the second step")
+    world.policy.kill()
     wait_for(lambda: metric(trainer, "rlhf_trainer_waiting", on="policy") == 1, within=60, what="wait for the policy")
-    policy = world.policy_server(listen=policy_address)
+    world.restart_policy()
     wait_for(lambda: world.steps_done("disturbed") >= 2, within=120, what="second step")
 
-    reward_address = reward.address
-    reward.kill()
+    world.reward.kill()
     wait_for(lambda: metric(trainer, "rlhf_trainer_waiting", on="reward") == 1, within=60, what="wait for the reward")
-    world.reward_server(listen=reward_address)
+    world.restart_reward()
 
-    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
-    assert_same_bits(world.final_parameters("disturbed"), world.final_parameters("undisturbed"))
+    assert_finished(trainer)
+    assert_same_bits(world, "disturbed", uninterrupted)
     assert_accounted_once(world, "disturbed")
     assert "waiting for the policy server" in trainer.log_text()
     assert "waiting for the reward server" in trainer.log_text()
 
 
 def test_rewards_that_are_pending_abstained_or_not_numbers_never_enter_a_batch(world: World) -> None:
-    policy, reward = world.policy_server(), world.reward_server(PICKY, name="picky")
+    assert_finished(world.trainer("picky", reward=world.reward_server(PICKY, name="picky"), steps=2, batch_size=16))
 
-    trainer = world.trainer(policy, reward, "picky", steps=2, batch_size=16)
-
-    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
     assert_accounted_once(world, "picky")
     lines = world.lines("picky", "accounting.jsonl")
     reasons = {1: "abstained", 2: "failed"}
@@ -85,13 +73,15 @@ def test_rewards_that_are_pending_abstained_or_not_numbers_never_enter_a_batch(w
 
 
 def test_steps_without_a_sample_change_no_weights_and_publish_nothing(world: World) -> None:
-    policy, reward = world.policy_server(), world.reward_server(NOTHING, name="nothing")
+    world.policy.wait_bound()
+    before = published(world.policy)
 
-    trainer = world.trainer(policy, reward, "nothing", steps=2, eval_prompts=0)
+    assert_finished(
+        world.trainer("nothing", reward=world.reward_server(NOTHING, name="nothing"), steps=2, eval_prompts=0)
+    )
 
-    assert trainer.wait_exit(within=180) == 0, trainer.log_text()
     assert [line["weights_version"] for line in world.lines("nothing", "metrics.jsonl", "step")] == [0, 0]
-    assert metric(policy, "grpc_server_handled_total", grpc_method="UpdateWeights") == 1
+    assert published(world.policy) == before + 1
     start = load_file(world.model / "model.safetensors")
     end = world.final_parameters("nothing")
     assert all(torch.equal(end[name], start[name]) for name in start)

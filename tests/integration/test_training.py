@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.training import World, assert_accounted_once, metric, small_world
+from tests.integration.training import World, assert_accounted_once, assert_finished, metric, published
 from tests.support.processes import wait_for
 from trainer.model import AutoModelForCausalLMWithValueHead
 
@@ -31,24 +28,23 @@ STEPS, ROWS_PER_STEP = 3, 8
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, dict[str, float]]]:
+def finished(world: World) -> tuple[World, dict[str, float]]:
     """A run of three steps that has ended, and what its metrics endpoint said after the second."""
-    with small_world(tmp_path_factory.mktemp("training")) as world:
-        policy, reward = world.policy_server(), world.reward_server(GATED, name="gated")
-        trainer = world.trainer(policy, reward, "run", steps=STEPS, run_id="my-run")
-        wait_for(lambda: trainer.poll() is not None or world.steps_done("run") == 2, within=120, what="second step")
-        trainer.wait_bound()
-        names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
-        seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
-        seen["trained"] = metric(trainer, "rlhf_trainer_samples_trained_total")
-        seen["waiting"] = metric(trainer, "rlhf_trainer_waiting")
-        seen["rollouts timed"] = metric(trainer, "rlhf_trainer_phase_seconds_count", phase="rollout")
-        seen["publishes at the server"] = metric(
-            policy, "grpc_server_handled_total", grpc_method="UpdateWeights", grpc_code="OK"
-        )
-        (world.folder / "gate").touch()
-        assert trainer.wait_exit(within=120) == 0, trainer.log_text()
-        yield world, seen
+    reward = world.reward_server(GATED, name="gated")
+    world.policy.wait_bound()
+    before = published(world.policy)
+    trainer = world.trainer("run", reward=reward, steps=STEPS)
+    wait_for(lambda: trainer.poll() is not None or world.steps_done("run") == 2, within=120, what="second step")
+    trainer.wait_bound()
+    names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
+    seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
+    seen["trained"] = metric(trainer, "rlhf_trainer_samples_trained_total")
+    seen["waiting"] = metric(trainer, "rlhf_trainer_waiting")
+    seen["rollouts timed"] = metric(trainer, "rlhf_trainer_phase_seconds_count", phase="rollout")
+    seen["publishes at the server"] = published(world.policy) - before
+    (world.folder / "gate").touch()
+    assert_finished(trainer)
+    return world, seen
 
 
 def test_metrics_tell_where_the_run_is(finished: tuple[World, dict[str, float]]) -> None:
@@ -108,17 +104,10 @@ def test_every_prompt_is_accounted_once_and_none_is_held_out(finished: tuple[Wor
     assert held_out.isdisjoint(f"The film {line['row']} was" for line in lines)
 
 
-def test_a_run_folder_in_use_is_not_begun_again(finished: tuple[World, dict[str, float]], tmp_path: Path) -> None:
+def test_a_finished_run_has_nothing_to_resume_and_needs_no_server(finished: tuple[World, dict[str, float]]) -> None:
     world, _ = finished
-    flags = {"model": world.model, "policy-server": "127.0.0.1:1", "reward-server": "127.0.0.1:1", "data": world.data}
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
 
-    fresh = world.start("trainer", *given, "--run-dir", str(world.folder / "run"), listen=None)
-    finished_again = world.start(
-        "trainer", *given, "--run-dir", str(world.folder / "run"), "--steps", str(STEPS), "--resume", listen=None
-    )
+    again = world.trainer("run", "--resume", steps=STEPS, policy_server="127.0.0.1:1", reward_server="127.0.0.1:1")
 
-    assert fresh.wait_exit() == 78
-    assert "--resume" in fresh.log_text()
-    # Nothing is left to do, so no server is needed.
-    assert finished_again.wait_exit() == 0
+    assert_finished(again)
+    assert len(world.lines("run", "metrics.jsonl", "step")) == STEPS

@@ -7,7 +7,6 @@ import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tests.support.processes import ProcessUnderTest, StartProcess, process_fact
 
 POLICY_FLAGS = ("--reproducible", "--threads", "1", "--managed")
 ROWS = 60
+STEPS = 5
 
 VOWELS = '''
 def reward(prompts, completions, **columns):
@@ -27,23 +27,28 @@ def reward(prompts, completions, **columns):
 '''
 
 
-@dataclass
 class World:
-    """A folder with a model, data and rewards, and the servers that tests share or restart."""
+    """A folder with a model, data and rewards, and two servers, `policy` and `reward`, that tests share or restart."""
 
-    folder: Path
-    start: StartProcess
-    model: Path = field(init=False)
-    data: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model = make_tiny_gpt2(self.folder / "model")
-        self.data = self.folder / "data.jsonl"
+    def __init__(self, folder: Path, start: StartProcess) -> None:
+        self.folder = folder
+        self.start = start
+        self.model = make_tiny_gpt2(folder / "model")
+        self.data = folder / "data.jsonl"
         rows = ({"prompt": f"The film {row} was", "stars": row % 5} for row in range(ROWS))
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.policy = self._policy_server()
+        self.reward = self.reward_server()
 
-    def policy_server(self, *, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
-        """A managed, reproducible policy server; returns at once."""
+    def restart_policy(self) -> None:
+        """Start the policy server, which was killed, where it was."""
+        self.policy = self._policy_server(listen=self.policy.address)
+
+    def restart_reward(self) -> None:
+        """Start the reward server, which was killed, where it was."""
+        self.reward = self.reward_server(listen=self.reward.address)
+
+    def _policy_server(self, *, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
         return self.start("policy_server", "--model", str(self.model), *POLICY_FLAGS, listen=listen)
 
     def reward_server(
@@ -55,21 +60,24 @@ class World:
         return self.start("reward_server", "--reward", f"{file}:reward", listen=listen)
 
     def trainer(
-        self, policy: ProcessUnderTest, reward: ProcessUnderTest, run: str, *flags: str, **settings: object
+        self, run: str, *flags: str, reward: ProcessUnderTest | None = None, **settings: object
     ) -> ProcessUnderTest:
-        """A reproducible trainer on the run folder `run`; `settings` replace what is set here."""
-        for server in (policy, reward):
+        """A reproducible trainer of run `run` in a folder of that name; `settings` replace what is set here."""
+        reward = reward or self.reward
+        for server in (self.policy, reward):
             server.wait_bound()
         values: dict[str, object] = {
             "model": self.model,
-            "policy_server": policy.address,
+            "policy_server": self.policy.address,
             "reward_server": reward.address,
             "data": self.data,
             "run_dir": self.folder / run,
-            "steps": 5,
+            "run_id": run,
+            "steps": STEPS,
             "batch_size": 8,
             "mini_batch_size": 4,
-            "max_new_tokens": 24,
+            "max_new_tokens": 32,
+            "rollout_concurrency": 2,
             "eval_prompts": 4,
             "eval_every": 2,
             "save_every": 1,
@@ -99,6 +107,11 @@ class World:
         return load_file(self.folder / run / "model" / "model.safetensors")
 
 
+def assert_finished(trainer: ProcessUnderTest) -> None:
+    """The trainer ends by itself, successfully."""
+    assert trainer.wait_exit(within=180) == 0, trainer.log_text()[-4000:]
+
+
 @contextmanager
 def small_world(folder: Path) -> Iterator[World]:
     """A world whose processes end with the block."""
@@ -118,8 +131,14 @@ def metric(process: ProcessUnderTest, name: str, **labels: str) -> float:
     return total
 
 
-def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """Every tensor equal, bit for bit."""
+def published(policy: ProcessUnderTest) -> float:
+    """How often the policy server took new weights."""
+    return metric(policy, "grpc_server_handled_total", grpc_method="UpdateWeights", grpc_code="OK")
+
+
+def assert_same_bits(world: World, run: str, other: str) -> None:
+    """Every tensor of the two finished runs is equal, bit for bit."""
+    ours, theirs = world.final_parameters(run), world.final_parameters(other)
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different

@@ -1,0 +1,23 @@
+"""What integration tests share: processes cost seconds to start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.training import World, assert_finished, small_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A model, data, a policy server and a reward server."""
+    with small_world(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(world: World) -> str:
+    """The name of a finished run that nothing disturbed."""
+    assert_finished(world.trainer("uninterrupted"))
+    return "uninterrupted"
