@@ -1,0 +1,213 @@
+"""PPO over three real processes, on film reviews: `python -m demo` (or `make demo`)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from demo.corpus import CorpusError, load_reviews
+from demo.data import split_reviews, write_prompts
+from demo.processes import Child, Endpoint, ProcessDiedError, first_to_end, stop_all
+from demo.report import Report, ReportError, print_report, write_report
+
+_HERE = Path(__file__).parent
+_HELD_OUT_REVIEWS = 400
+_EVALUATION_PROMPTS = 128
+_START_SECONDS = 180.0
+_GRACE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the three processes are started with. eval_data None: the trainer holds prompts out of `data` itself."""
+
+    model: str
+    data: str
+    eval_data: str | None
+    reward: str
+    reward_options: str | None
+    trainer_config: Path
+    extra: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare, run, report; the exit status."""
+    arguments = _parse(argv)
+    console = Console()
+    began = time.monotonic()
+    run_dir: Path = arguments.run_dir
+    # A second run starts fresh; only the cache is kept.
+    shutil.rmtree(run_dir, ignore_errors=True)
+    try:
+        plan = _prepare(arguments, console)
+        return asyncio.run(_run(plan, run_dir, console, began))
+    except (CorpusError, ProcessDiedError, ReportError, TimeoutError) as error:
+        console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\nStopped.")
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description="Teach a small language model to praise films, with PPO over three processes.",
+        epilog="Anything after -- goes to the trainer, for example: python -m demo -- --steps 50",
+    )
+    parser.add_argument("--model", help="your own model: a folder or hub name (default: one trained here on reviews)")
+    parser.add_argument("--data", help="your own prompts: JSONL, CSV, Parquet or a hub dataset with a column 'prompt'")
+    parser.add_argument("--reward", default="vader", help="module:function, file.py:function or a built-in (vader)")
+    parser.add_argument("--reward-options", help="options of the reward, a JSON or YAML mapping")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="emptied first (runs/demo)")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="kept between runs (.cache/demo)")
+    parser.add_argument("trainer", nargs="*", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _prepare(arguments: argparse.Namespace, console: Console) -> Plan:
+    """Fetch and train whatever the user did not bring."""
+    model, data, eval_data = arguments.model, arguments.data, None
+    if model is None or data is None:
+        reviews = load_reviews(arguments.cache)
+        console.print(f"Corpus: {len(reviews):,} film-review snippets")
+        split = split_reviews(reviews, held_out=_HELD_OUT_REVIEWS)
+        if data is None:
+            files = write_prompts(arguments.cache, split, evaluation_prompts=_EVALUATION_PROMPTS)
+            data, eval_data = str(files.train), str(files.evaluation)
+        if model is None:
+            # Importing torch takes seconds that a run with a model of one's own need not spend.
+            from demo.base_model import Recipe, base_model
+
+            model = str(base_model(arguments.cache, split, Recipe(), console))
+    return Plan(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        reward=arguments.reward,
+        reward_options=arguments.reward_options,
+        trainer_config=_HERE / ("trainer.yaml" if arguments.model is None else "trainer-own-model.yaml"),
+        extra=tuple(arguments.trainer),
+    )
+
+
+async def _run(plan: Plan, run_dir: Path, console: Console, began: float) -> int:
+    """Start the three, watch them, report. Whatever happens, none of them outlives this."""
+    interrupted = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
+    children: list[Child] = []
+    story = asyncio.create_task(_story(plan, run_dir, console, began, children))
+    signalled = asyncio.create_task(interrupted.wait())
+    try:
+        await asyncio.wait([story, signalled], return_when=asyncio.FIRST_COMPLETED)
+        if not story.done():
+            console.print("\nStopping the three processes …")
+            return 130
+        report = story.result()
+    finally:
+        story.cancel()
+        signalled.cancel()
+        # The trainer first: it still needs the servers for the step it is in.
+        await stop_all([child for child in reversed(children) if child.running], _GRACE_SECONDS)
+    _say_what_came_out(console, report, run_dir, plan)
+    return 0
+
+
+async def _story(plan: Plan, run_dir: Path, console: Console, began: float, children: list[Child]) -> Report:
+    logs = run_dir.with_name(run_dir.name + "-logs")
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir(parents=True)
+    common = ["--metrics-port", "auto"]
+    server = [*common, "--listen", "127.0.0.1:0", "--drain-seconds", "0", "--grace-seconds", "2"]
+    options = ["--reward-options", plan.reward_options] if plan.reward_options else []
+    environment = _environment()
+
+    reward = await Child.start(
+        "reward_server", [*server, "--reward", plan.reward, *options], folder=logs, environment=environment
+    )
+    children.append(reward)
+    policy = await Child.start(
+        "policy_server", [*server, "--model", plan.model, "--managed"], folder=logs, environment=environment
+    )
+    children.append(policy)
+    endpoints = {child.name: await _endpoint(child, children) for child in (reward, policy)}
+
+    arguments = [*common, "--config", str(plan.trainer_config), "--run-dir", str(run_dir), "--model", plan.model]
+    arguments += ["--data", plan.data, *(["--eval-data", plan.eval_data] if plan.eval_data else [])]
+    arguments += ["--policy-server", str(endpoints["policy_server"].address)]
+    arguments += ["--reward-server", str(endpoints["reward_server"].address)]
+    trainer = await Child.start(
+        "trainer",
+        [*arguments, *plan.extra],
+        folder=logs,
+        environment=environment,
+        echo=True,
+        terminal=sys.stdout.isatty() and sys.stderr.isatty(),
+    )
+    children.append(trainer)
+    training_began = time.monotonic()
+    endpoints["trainer"] = await _endpoint(trainer, children)
+    for name, endpoint in endpoints.items():
+        where = f"listens on {endpoint.address}, " if endpoint.address else ""
+        console.print(f"{name:<14} pid {endpoint.pid}: {where}metrics at {endpoint.metrics_url}", highlight=False)
+    console.print(f"Logs: {logs}\n")
+
+    ended = await first_to_end(children)
+    if ended is not trainer or await trainer.wait() != 0:
+        raise ProcessDiedError(ended.epitaph())
+    now = time.monotonic()
+    return write_report(run_dir, seconds=now - began, seconds_training=now - training_began, endpoints=endpoints)
+
+
+async def _endpoint(child: Child, children: Sequence[Child]) -> Endpoint:
+    """Where `child` listens; raises ProcessDiedError when any of them ends first."""
+    listening = asyncio.create_task(child.endpoint(_START_SECONDS))
+    ended = asyncio.create_task(first_to_end(children))
+    try:
+        await asyncio.wait([listening, ended], return_when=asyncio.FIRST_COMPLETED)
+        if listening.done():
+            return listening.result()
+        raise ProcessDiedError(ended.result().epitaph())
+    finally:
+        listening.cancel()
+        ended.cancel()
+
+
+def _environment() -> dict[str, str]:
+    """Ours; the two model processes work in turns, so idle threads must sleep, not spin on the other's core."""
+    return {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **os.environ}
+
+
+def _say_what_came_out(console: Console, report: Report, run_dir: Path, plan: Plan) -> None:
+    print_report(console, report, run_dir, reward=plan.reward)
+    python = os.path.relpath(sys.executable)
+    console.print(f"\n{run_dir}: report.json, learning.png, metrics.jsonl, samples.jsonl, checkpoints/, model/")
+    console.print("\nTalk to the tuned policy:", style="bold")
+    console.print(
+        f"  {python} -m policy_server --model {run_dir / 'model'} --listen 127.0.0.1:50051 &\n"
+        f'  {python} -m policy_server.client generate --target 127.0.0.1:50051 "This film is"',
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("Write your own reward:", style="bold")
+    console.print(
+        "  echo 'def short(completions, **_): return [-len(text) / 100 for text in completions]' > my_reward.py\n"
+        "  make demo REWARD=my_reward.py:short",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Prompts for PPO: the first words of reviews, some of them held out."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.corpus import Review, write_atomically
+
+_SHORTEST, _LONGEST = 4, 6
+_FEWEST_WORDS_LEFT = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    """Reviews to train on, and those that neither the base model nor PPO ever trains on."""
+
+    train: list[Review]
+    held_out: list[Review]
+
+
+@dataclass(frozen=True)
+class PromptFiles:
+    """JSONL files with the columns prompt, rating and id."""
+
+    train: Path
+    evaluation: Path
+
+
+def split_reviews(reviews: Sequence[Review], *, held_out: int, seed: int = 0) -> Split:
+    """The same split every time; fewer than half are held out."""
+    shuffled = list(reviews)
+    random.Random(seed).shuffle(shuffled)
+    count = min(held_out, len(shuffled) // 2)
+    return Split(train=shuffled[count:], held_out=shuffled[:count])
+
+
+def write_prompts(folder: Path, split: Split, *, evaluation_prompts: int) -> PromptFiles:
+    """Write both files; no prompt of the evaluation is a prompt of the training."""
+    evaluation = _distinct_rows(split.held_out, set())[:evaluation_prompts]
+    train = _distinct_rows(split.train, {str(row["prompt"]) for row in evaluation})
+    files = PromptFiles(folder / "prompts.jsonl", folder / "held-out-prompts.jsonl")
+    for path, rows in ((files.train, train), (files.evaluation, evaluation)):
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return files
+
+
+def prompt_of(review: Review) -> str | None:
+    """The first 4 to 6 words (by the review's number, so always the same), or None if too little text is left."""
+    count = random.Random(review.id).randint(_SHORTEST, _LONGEST)
+    words = review.text.split()
+    return " ".join(words[:count]) if len(words) >= count + _FEWEST_WORDS_LEFT else None
+
+
+def _distinct_rows(reviews: Sequence[Review], taken: set[str]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for review in reviews:
+        prompt = prompt_of(review)
+        if prompt is not None and prompt not in taken:
+            taken.add(prompt)
+            rows.append({"prompt": prompt, "rating": round(review.rating, 2), "id": review.id})
+    return rows

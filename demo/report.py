@@ -1,0 +1,145 @@
+"""What the run came to: numbers for report.json, a picture, and tables for the person who watched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from demo.processes import Endpoint
+
+
+class ReportError(Exception):
+    """The run's files lack what the report needs."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """report.json. Rewards and lengths (tokens) are means over the held-out prompts; `kl` is the mean over them of the
+    sum over tokens, in nats; `distinct` is the share of completions that no other equals.
+    """
+
+    reward_before: float | None
+    reward_after: float | None
+    kl: float | None
+    distinct_before: float
+    distinct_after: float
+    length_before: float
+    length_after: float
+    prompts: int
+    steps: int
+    seconds: float
+    seconds_training: float
+    pids: dict[str, int]
+    ports: dict[str, int | None]
+    metrics_urls: dict[str, str | None]
+
+
+def write_report(
+    run_dir: Path, *, seconds: float, seconds_training: float, endpoints: Mapping[str, Endpoint]
+) -> Report:
+    """Write report.json and learning.png from the run's metrics. Raises ReportError without two evaluations."""
+    lines = read_jsonl(run_dir / "metrics.jsonl")
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    if len(evaluations) < 2:
+        raise ReportError(f"{run_dir / 'metrics.jsonl'} has {len(evaluations)} evaluations; two are needed")
+    before, after = evaluations[0], evaluations[-1]
+    report = Report(
+        reward_before=before["reward_mean"],
+        reward_after=after["reward_mean"],
+        kl=after["kl_mean"],
+        distinct_before=before["distinct_fraction"],
+        distinct_after=after["distinct_fraction"],
+        length_before=before["length_mean"],
+        length_after=after["length_mean"],
+        prompts=after["prompts"],
+        steps=after["step"],
+        seconds=round(seconds, 1),
+        seconds_training=round(seconds_training, 1),
+        pids={name: endpoint.pid for name, endpoint in endpoints.items()},
+        ports={name: endpoint.port for name, endpoint in endpoints.items()},
+        metrics_urls={name: endpoint.metrics_url for name, endpoint in endpoints.items()},
+    )
+    (run_dir / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    draw_learning(lines, run_dir / "learning.png")
+    return report
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One mapping per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def draw_learning(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Reward, KL and length over the steps, in training and on the held-out prompts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (
+        ("Mean reward", "reward_mean", "reward_mean"),
+        ("KL to the base model (nats per completion)", "objective/kl", "kl_mean"),
+        ("Mean length (tokens)", "rollout/length_mean", "length_mean"),
+    )
+    for axes, (title, trained, held_out) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for kind, name, label, style in (
+            ("step", trained, "training", {"alpha": 0.6}),
+            ("evaluation", held_out, "held out", {"marker": "o"}),
+        ):
+            points = [
+                (line["step"], line[name]) for line in lines if line["kind"] == kind and line.get(name) is not None
+            ]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("PPO step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def print_report(console: Console, report: Report, run_dir: Path, *, reward: str) -> None:
+    """Before and after, as numbers and as text."""
+    numbers = Table(title=f"{report.prompts} held-out prompts, {report.steps} PPO steps")
+    for heading in ("", "before", "after"):
+        numbers.add_column(heading, justify="left" if not heading else "right")
+    numbers.add_row(
+        f"mean reward ({reward})", _number(report.reward_before), _number(report.reward_after), style="bold"
+    )
+    numbers.add_row("KL to the base model, nats per completion", "0", _number(report.kl))
+    numbers.add_row("distinct completions", f"{report.distinct_before:.0%}", f"{report.distinct_after:.0%}")
+    numbers.add_row("mean length, tokens", f"{report.length_before:.1f}", f"{report.length_after:.1f}")
+    console.print(numbers)
+    console.print(samples_table(read_jsonl(run_dir / "samples.jsonl"), count=5))
+
+
+def samples_table(lines: Sequence[Mapping[str, Any]], *, count: int) -> Table:
+    """The first held-out prompts with their completions before and after."""
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    steps = [line["step"] for line in evaluations]
+    first = [line for line in evaluations if line["step"] == min(steps, default=0)]
+    last = {line["row"]: line for line in evaluations if line["step"] == max(steps, default=0)}
+    table = Table(title="The same prompts, before and after", show_lines=True)
+    table.add_column("before", ratio=1)
+    table.add_column("after", ratio=1)
+    for line in [line for line in first if line["row"] in last][:count]:
+        table.add_row(_sample(line), _sample(last[line["row"]]))
+    return table
+
+
+def _sample(line: Mapping[str, Any]) -> Text:
+    # Text, not markup: a completion may hold anything.
+    return Text.assemble(
+        (str(line["prompt"]), "dim"), str(line["completion"]), (f"  [{_number(line['reward'])}]", "cyan")
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,133 @@
+"""The demo from the outside: three real processes, on a model small enough to take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf.config import load_settings
+from tests.support.models import make_tiny_gpt2
+from tests.support.processes import ROOT, wait_for
+from trainer.settings import TrainerSettings
+
+NEEDED = ["--model", "m", "--policy-server", "h:1", "--reward-server", "h:2", "--run-dir", "r", "--data", "d.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["trainer.yaml", "trainer-own-model.yaml"])
+def test_the_shipped_settings_are_settings_of_the_trainer(name: str) -> None:
+    settings = load_settings(TrainerSettings, ["--config", str(ROOT / "demo" / name), *NEEDED], prog="trainer")
+    assert settings.eval_prompts == 128
+
+
+class Demo:
+    """`python -m demo` on a tiny model, in a session of its own, its output in a file."""
+
+    def __init__(self, folder: Path, *trainer: str) -> None:
+        self.run_dir = folder / "runs" / "demo"
+        self._output = folder / "output.txt"
+        model = make_tiny_gpt2(folder / "model")
+        data = folder / "prompts.jsonl"
+        data.write_text("".join(json.dumps({"prompt": f"It is {i}"}) + "\n" for i in range(40)))
+        arguments = ["--model", str(model), "--data", str(data), "--reward", "length"]
+        arguments += [
+            "--reward-options",
+            "{target: 8}",
+            "--run-dir",
+            str(self.run_dir),
+            "--cache",
+            str(folder / "cache"),
+        ]
+        small = ["--batch-size", "8", "--mini-batch-size", "8", "--eval-prompts", "4", "--max-new-tokens", "8"]
+        with self._output.open("w") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "demo", *arguments, "--", *small, *trainer],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def output(self) -> str:
+        return self._output.read_text(errors="replace")
+
+    def pids(self) -> dict[str, int]:
+        """Of the three, once all have been announced."""
+
+        def announced() -> dict[str, int] | None:
+            assert self.process.poll() is None, self.output()
+            found = dict(re.findall(r"^(\w+) +pid (\d+):", self.output(), re.M))
+            return {name: int(pid) for name, pid in found.items()} if len(found) == 3 else None
+
+        return wait_for(announced, within=90, what="announcement of three processes") or {}
+
+
+@pytest.fixture
+def demos(tmp_path: Path) -> Iterator[list[Demo]]:
+    started: list[Demo] = []
+    yield started
+    for demo in started:
+        if demo.process.poll() is None:
+            demo.process.terminate()
+            demo.process.wait(60)
+
+
+@pytest.mark.slow
+def test_it_runs_to_the_end_and_writes_what_it_promises(tmp_path: Path, demos: list[Demo]) -> None:
+    demo = Demo(tmp_path, "--steps", "2", "--eval-every", "1")
+    demos.append(demo)
+    assert demo.process.wait(180) == 0, demo.output()
+    report = json.loads((demo.run_dir / "report.json").read_text())
+    assert len(set(report["pids"].values())) == 3
+    assert len(set(report["ports"].values())) == 3
+    assert report["steps"] == 2
+    for name in ("reward_before", "reward_after", "kl", "seconds"):
+        assert isinstance(report[name], float)
+    for name in ("metrics.jsonl", "samples.jsonl", "learning.png", "model/config.json", "checkpoints"):
+        assert (demo.run_dir / name).exists()
+    assert "before" in demo.output()
+    assert not [pid for pid in report["pids"].values() if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["reward_server", "policy_server", "trainer"])
+def test_the_loss_of_a_process_is_reported_and_ends_the_others(tmp_path: Path, demos: list[Demo], victim: str) -> None:
+    demo = Demo(tmp_path, "--steps", "100000")
+    demos.append(demo)
+    pids = demo.pids()
+    os.kill(pids[victim], signal.SIGKILL)
+    assert demo.process.wait(60) == 1
+    assert f"{victim} (pid {pids[victim]}) was ended by SIGKILL" in demo.output()
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_three(tmp_path: Path, demos: list[Demo]) -> None:
+    demo = Demo(tmp_path, "--steps", "100000")
+    demos.append(demo)
+    pids = demo.pids()
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) == 130
+    assert not [pid for pid in pids.values() if psutil.pid_exists(pid)]
+
+
+def test_a_reward_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
+    arguments = ["--model", str(make_tiny_gpt2(tmp_path / "model")), "--data", "x.jsonl", "--reward", "vadar"]
+    result = subprocess.run(
+        [sys.executable, "-m", "demo", *arguments, "--run-dir", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert result.returncode == 1
+    assert "Did you mean 'vader'" in result.stdout

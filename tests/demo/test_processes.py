@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from demo.processes import Child, ProcessDiedError, first_to_end, stop_all
+
+Start = Callable[[str], Awaitable[Child]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    children: list[Child] = []
+
+    async def starts(behaviour: str) -> Child:
+        folder = tmp_path / str(len(children))
+        folder.mkdir()
+        child = await Child.start("tests.demo.a_process", [behaviour], folder=folder, environment=os.environ)
+        children.append(child)
+        return child
+
+    yield starts
+    await stop_all([child for child in children if child.running], 0.1)
+
+
+async def test_a_process_tells_where_it_listens(start: Start) -> None:
+    child = await start("listens")
+    endpoint = await child.endpoint(30)
+    assert endpoint.pid == child.pid
+    assert endpoint.port == 5001
+    assert child.running
+
+
+async def test_a_process_that_fails_early_is_reported_with_the_end_of_its_log(start: Start) -> None:
+    child = await start("fails-early")
+    with pytest.raises(ProcessDiedError) as died:
+        await child.endpoint(30)
+    assert "exit status 1" in str(died.value)
+    assert "something is missing" in str(died.value)
+
+
+async def test_a_process_that_never_listens_is_not_waited_for_for_ever(start: Start) -> None:
+    child = await start("stays-silent")
+    with pytest.raises(TimeoutError):
+        await child.endpoint(0.2)
+
+
+async def test_the_one_that_dies_is_found_among_those_that_run(start: Start) -> None:
+    steady = await start("listens")
+    dying = await start("dies")
+    ended = await first_to_end([steady, dying])
+    assert ended is dying
+    assert "SIGKILL" in ended.epitaph()
+    assert steady.running
+
+
+async def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(start: Start) -> None:
+    stubborn = await start("ignores-sigterm")
+    await stubborn.endpoint(30)
+    began = time.monotonic()
+    await stop_all([stubborn], 0.5)
+    assert time.monotonic() - began < 10
+    assert not stubborn.running
+    assert await stubborn.wait() == -9
