@@ -13,12 +13,10 @@ from rlhf.failures import RpcFailure
 from tests.policy_server.engine.architectures import loaded, make_model
 from tests.policy_server.engine.harness import Watcher, generate, request, running, until
 
-ROUNDS = 60
+ROUNDS = 40
 
 
-@pytest.mark.parametrize(
-    ("architecture", "reproducible"), [("gpt2", False), ("gemma2", False), ("lfm2", False), ("gpt2", True)]
-)
+@pytest.mark.parametrize(("architecture", "reproducible"), [("gpt2", False), ("gemma2", False), ("gpt2", True)])
 async def test_requests_scores_swaps_and_cancellations_leave_nothing_behind(
     architecture: str, reproducible: bool
 ) -> None:
