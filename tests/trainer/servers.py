@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc
 
-from rlhf.policy.v1 import policy_pb2
+from rlhf.failures import RpcFailure, to_status
+from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 
@@ -62,6 +63,64 @@ def scored(request: reward_pb2.ScoreRequest, reward: float = 1.0) -> reward_pb2.
         for sample in request.samples
     ]
     return reward_pb2.ScoreResponse(results=results)
+
+
+Generate = Callable[[policy_pb2.GenerateRequest], policy_pb2.GenerateResponse]
+
+
+class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
+    """Completes by `scripts`, one after the other, the last again and again; every log-probability is `logprob`."""
+
+    def __init__(self, *scripts: Generate | RpcFailure, logprob: float = -0.5) -> None:
+        self.calls: list[policy_pb2.GenerateRequest] = []
+        self.scored: list[policy_pb2.LogProbsRequest] = []
+        self.logprob = logprob
+        self._scripts = list(scripts)
+
+    async def Generate(  # noqa: N802
+        self, request: policy_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.GenerateResponse:
+        self.calls.append(request)
+        script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        if isinstance(script, RpcFailure):
+            code, message, trailers = to_status(script)
+            await context.abort(code, message, trailers)
+            raise AssertionError("abort raises")
+        return script(request)
+
+    async def LogProbs(  # noqa: N802
+        self, request: policy_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.LogProbsResponse:
+        self.scored.append(request)
+        return policy_pb2.LogProbsResponse(
+            sequences=[
+                policy_pb2.SequenceLogProbs(logprobs=[self.logprob] * len(sequence.completion_token_ids))
+                for sequence in request.sequences
+            ]
+        )
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server)
+
+
+def completed(
+    request: policy_pb2.GenerateRequest,
+    *,
+    tokens: int = 3,
+    finish: policy_pb2.FinishReason = policy_pb2.FINISH_REASON_EOS,
+) -> policy_pb2.GenerateResponse:
+    """`tokens` tokens that count up from the prompt's last one, under the weights asked for."""
+    ids = [request.prompt.token_ids.ids[-1] + 1 + number for number in range(tokens)]
+    span = policy_pb2.VersionSpan(weights=request.weights.exact, token_count=tokens)
+    completion = policy_pb2.Completion(
+        token_ids=ids,
+        text=" ".join(map(str, ids)),
+        finish_reason=finish,
+        processed_logprobs=[-1.0] * tokens,
+        spans=[span] if tokens else [],
+        seed=request.sampling.seed,
+    )
+    return policy_pb2.GenerateResponse(prompt_token_ids=request.prompt.token_ids.ids, completions=[completion])
 
 
 class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):

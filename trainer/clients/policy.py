@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 POLICY_SERVICE = "rlhf.policy.v1.PolicyService"
 REFERENCE = "reference"
-_WEIGHTS_LOST = frozenset({"WEIGHTS_BEHIND", "OTHER_RUN"})
+# Reasons that the publisher can mend, or explain: another trainer's weights are live.
+_OTHER_WEIGHTS = frozenset({"WEIGHTS_BEHIND", "WEIGHTS_AHEAD", "OTHER_RUN"})
 _RECOVERIES_PER_ATTEMPT = 3
 
 
@@ -226,7 +227,7 @@ class PolicyClient:
                     return await attempt()
                 except grpc.aio.AioRpcError as error:
                     failure = from_rpc_error(error)
-                    lost = failure.reason in _WEIGHTS_LOST and self._recover is not None
+                    lost = failure.reason in _OTHER_WEIGHTS and self._recover is not None
                     if not lost or recoveries == _RECOVERIES_PER_ATTEMPT:
                         raise failure from error
                     assert self._recover is not None
