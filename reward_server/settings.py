@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import yaml
-from pydantic import BeforeValidator, Field
-from pydantic_settings import NoDecode, SettingsConfigDict
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
 from rlhf.config import ServerSettings
-
-
-def _mapping(value: Any) -> Any:
-    """A mapping, or YAML text (and so JSON) that holds one."""
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"neither JSON nor YAML: {error}") from error
-    if not isinstance(parsed, dict):
-        raise ValueError('a mapping is needed, such as \'{"pattern": "great"}\'')
-    return parsed
 
 
 class RewardSettings(ServerSettings):
@@ -31,7 +18,7 @@ class RewardSettings(ServerSettings):
     reward: str = Field(
         description="What scores: module:function, path/file.py:function, or a built-in (vader, length, regex)"
     )
-    reward_options: Annotated[dict[str, Any], NoDecode, BeforeValidator(_mapping)] = Field(
+    reward_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the reward, as a JSON or YAML mapping"
     )
     reward_version: str = Field(

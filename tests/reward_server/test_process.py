@@ -85,7 +85,7 @@ def test_a_function_that_hangs_does_not_keep_a_stopped_server_alive(tmp_path: Pa
     [
         (["--reward", "vadar"], "Did you mean 'vader'"),
         (["--reward", "regex"], "pattern"),
-        (["--reward", "regex", "--reward-options", "[1]"], "mapping"),
+        (["--reward", "regex", "--reward-options", "[1]"], "dictionary"),
         ([], "reward"),
     ],
 )
