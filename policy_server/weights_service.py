@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -25,6 +26,8 @@ from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 
 MAX_PARTS = 64
 MAX_UPDATE_ID_BYTES = 256
+_READ_OUT_SECONDS = 5.0
+_READ_OUT_BYTES = 256 << 20
 
 _IN_FLIGHT = {
     weights_pb2.IN_FLIGHT_UNSPECIFIED: InFlight.RECOMPUTE,
@@ -61,20 +64,13 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     ) -> weights_pb2.UpdateWeightsResponse:
         """Stage one part of an update; the last part's commit verifies and swaps."""
         messages = aiter(request_iterator)
-        opening = await self._begin(messages)
-        self._settle(opening.update_id)
-        former = self._updates.find(opening.update_id)
-        if former is None or former.state is not UpdateState.APPLIED:
-            check_swap(opening.version, self._live(), opening.if_current)
-        stream = PartStream(opening.part)
-        update = self._updates.enter(opening, stream)
         try:
-            await self._receive(update, opening, stream, messages)
-        finally:
-            self._updates.leave(update, stream)
-        if update.swap is not None:
-            await self._follow(update, update.swap)
-        return weights_pb2.UpdateWeightsResponse(state=_STATES[update.state], live=wire_version(self._live()))
+            answer = await self._update(messages)
+        except RpcFailure:
+            await _read_out(messages)
+            raise
+        await _read_out(messages)
+        return answer
 
     async def GetWeights(  # noqa: N802
         self, request: weights_pb2.GetWeightsRequest, context: Context
@@ -92,6 +88,24 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             features=["directory"] if self._weights_root is not None else [],
             server_instance_id=self._instance_id,
         )
+
+    async def _update(
+        self, messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]
+    ) -> weights_pb2.UpdateWeightsResponse:
+        opening = await self._begin(messages)
+        self._settle(opening.update_id)
+        former = self._updates.find(opening.update_id)
+        if former is None or former.state is not UpdateState.APPLIED:
+            check_swap(opening.version, self._live(), opening.if_current)
+        stream = PartStream(opening.part)
+        update = self._updates.enter(opening, stream)
+        try:
+            await self._receive(update, opening, stream, messages)
+        finally:
+            self._updates.leave(update, stream)
+        if update.swap is not None:
+            await self._follow(update, update.swap)
+        return weights_pb2.UpdateWeightsResponse(state=_STATES[update.state], live=wire_version(self._live()))
 
     async def _begin(self, messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> Opening:
         first = await anext(messages, None)
@@ -255,6 +269,20 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
 def _require_current(stream: PartStream) -> None:
     if stream.replaced:
         raise aborted("UPDATE_IN_PROGRESS", f"another stream sends part {stream.part} of this update now")
+
+
+async def _read_out(messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> None:
+    """Read what a writer still sends, for a while, before it is answered.
+
+    Python's gRPC client reports INTERNAL instead of the answer when that comes while it is sending.
+    """
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_READ_OUT_SECONDS):
+            async for message in messages:
+                size += len(message.chunk.data)
+                if size > _READ_OUT_BYTES:
+                    return
 
 
 def _content(begin: weights_pb2.Begin) -> bytes:
