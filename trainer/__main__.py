@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(TrainerSettings, argv, prog="python -m trainer")
     configure_logging(settings.log_format, settings.log_level)
     # Seconds of importing torch come after mistakes in the settings have been told.
-    from trainer.assembly import SettingsError, run
+    from trainer.assembly import run
     from trainer.checkpoints import CheckpointError
     from trainer.clients.policy import BrokenServerError
     from trainer.clients.rewards import RewardChangedError
     from trainer.learner import NonFiniteLossError
+    from trainer.loading import SettingsError
     from trainer.metrics import TrainerMetrics
     from trainer.pinning import PinError
     from trainer.progress import Progress, wants_live_display

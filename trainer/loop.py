@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from rlhf.logs import bound_context, get_logger
 from trainer.batch import RolloutBatch
-from trainer.checkpoints import CheckpointStore, RunState
+from trainer.checkpoints import CheckpointStore, RunState, save_model
 from trainer.clients.rewards import Scored
 from trainer.heldout import logprobs_of, sample_line, summarize
 from trainer.learner import PPOLearner
@@ -113,6 +114,13 @@ class TrainingLoop:
             self.state = replace(self.state, log_offsets=self._parts.records.sync())
             await self._in_model_thread(self._write_checkpoint)
         self._parts.metrics.checkpoints.inc()
+
+    async def export(self, folder: Path) -> None:
+        """Write the model and its tokenizer to `folder`, as transformers loads them."""
+        with self._phase("export"):
+            await self._in_model_thread(
+                lambda: save_model(folder, model=self._parts.model, tokenizer=self._parts.tokenizer)
+            )
 
     async def _train_one_step(self) -> None:
         started = time.monotonic()

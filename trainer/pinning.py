@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainer.checkpoints import Pins
-from trainer.clients.policy import REFERENCE, PolicyClient
+from trainer.clients.policy import PolicyClient
 
 
 class PinError(RuntimeError):
@@ -38,11 +38,6 @@ async def check_policy_server(
             f"policy server {policy.target} can't return the log-probabilities that tokens were drawn from "
             "(LOG_PROB_KIND_PROCESSED), which training needs"
         )
-
-
-async def served_reference_digest(policy: PolicyClient) -> str:
-    """The digest of the server's frozen reference."""
-    return (await policy.get_model(REFERENCE)).weights_digest
 
 
 def check_pins(pins: Pins, *, reference_digest: str, tokenizer_digest: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -49,13 +50,19 @@ class Progress:
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+            # The live panel owns the terminal: log lines must go above it, not through it.
+            for handler in _log_handlers():
+                handler.setStream(sys.stderr)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._phase, self._phase_since = "ended", time.monotonic()
         if self._live is not None:
             self._live.stop()
+            for handler in _log_handlers():
+                handler.setStream(sys.stderr)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -115,6 +122,10 @@ class Progress:
     def _phase_text(self) -> str:
         counts = f" {self._counts[0]}/{self._counts[1]}" if self._counts else ""
         return f"{self._phase}{counts} ({time.monotonic() - self._phase_since:.0f} s)"
+
+
+def _log_handlers() -> list[logging.StreamHandler[Any]]:
+    return [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def wants_live_display(log_format: str) -> bool:

@@ -20,7 +20,7 @@ GIVEN: dict[str, Any] = {
 
 
 def settings(**values: Any) -> TrainerSettings:
-    return read_settings(TrainerSettings, {**GIVEN, **values})
+    return read_settings(TrainerSettings, {**GIVEN, **values}, {})
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,6 @@ def settings(**values: Any) -> TrainerSettings:
         ({"temperature": 0}, "greater than 0"),
         ({"batch_size": 10, "mini_batch_size": 4}, "must be a multiple of"),
         ({"steps": 0}, "greater than or equal to 1"),
-        ({"learning_rat": 1.0}, "did you mean learning_rate"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_reason(values: dict[str, Any], reason: str) -> None:
