@@ -41,6 +41,7 @@ class Progress:
         self._counts: tuple[int, int] | None = None
         self._numbers: dict[str, float] = {}
         self._held_out: dict[str, float] = {}
+        self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._live = (
             Live(get_renderable=self.render, console=console or Console(), refresh_per_second=4, transient=False)
             if live
@@ -49,10 +50,10 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._live is not None:
+            handlers = [handler for handler in _stream_handlers() if handler.stream is sys.stderr]
             self._live.start()
             # The live panel owns the terminal: log lines must go above it, not through it.
-            for handler in _log_handlers():
-                handler.setStream(sys.stderr)
+            self._moved = [(handler, handler.setStream(sys.stderr)) for handler in handlers]
         return self
 
     def __exit__(
@@ -61,8 +62,8 @@ class Progress:
         self._phase, self._phase_since = "ended", time.monotonic()
         if self._live is not None:
             self._live.stop()
-            for handler in _log_handlers():
-                handler.setStream(sys.stderr)
+            for handler, stream in self._moved:
+                handler.setStream(stream)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -124,7 +125,7 @@ class Progress:
         return f"{self._phase}{counts} ({time.monotonic() - self._phase_since:.0f} s)"
 
 
-def _log_handlers() -> list[logging.StreamHandler[Any]]:
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
     return [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
 
 
