@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -41,7 +40,6 @@ class Progress:
         self._counts: tuple[int, int] | None = None
         self._numbers: dict[str, float] = {}
         self._held_out: dict[str, float] = {}
-        self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []
         self._live = (
             Live(get_renderable=self.render, console=console or Console(), refresh_per_second=4, transient=False)
             if live
@@ -50,10 +48,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self._live is not None:
-            handlers = [handler for handler in _stream_handlers() if handler.stream is sys.stderr]
             self._live.start()
-            # The live panel owns the terminal: log lines must go above it, not through it.
-            self._moved = [(handler, handler.setStream(sys.stderr)) for handler in handlers]
         return self
 
     def __exit__(
@@ -62,8 +57,6 @@ class Progress:
         self._phase, self._phase_since = "ended", time.monotonic()
         if self._live is not None:
             self._live.stop()
-            for handler, stream in self._moved:
-                handler.setStream(stream)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -123,10 +116,6 @@ class Progress:
     def _phase_text(self) -> str:
         counts = f" {self._counts[0]}/{self._counts[1]}" if self._counts else ""
         return f"{self._phase}{counts} ({time.monotonic() - self._phase_since:.0f} s)"
-
-
-def _stream_handlers() -> list[logging.StreamHandler[Any]]:
-    return [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler)]
 
 
 def wants_live_display(log_format: str) -> bool:

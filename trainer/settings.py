@@ -130,6 +130,11 @@ class TrainerSettings(PPOConfig, ProcessSettings):
 
     @model_validator(mode="after")
     def _check_run(self) -> Self:
+        if self.kl_penalty is KlPenalty.FULL and self.old_logprobs is OldLogProbs.ROLLOUT:
+            raise ValueError(
+                "kl_penalty=full needs the old policy's whole distribution, which a rollout does not bring: "
+                "set old_logprobs=trainer"
+            )
         if self.reference is ReferencePlace.SERVER:
             if self.kl_penalty is KlPenalty.FULL:
                 raise ValueError(

@@ -7,7 +7,6 @@ import io
 import pytest
 from prometheus_client import CollectorRegistry
 from rich.console import Console
-from structlog.testing import capture_logs
 
 from trainer.metrics import TrainerMetrics
 from trainer.progress import Progress
@@ -60,14 +59,18 @@ def test_a_live_panel_is_drawn(waits: WaitBoard) -> None:
     assert "step 1/2" in drawn.getvalue()
 
 
-def test_without_a_terminal_a_step_is_one_line_with_its_numbers(waits: WaitBoard) -> None:
-    with capture_logs() as lines, Progress(steps=20, waits=waits, live=False) as progress:
+def test_without_a_terminal_a_step_is_one_line_with_its_numbers(
+    waits: WaitBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    with Progress(steps=20, waits=waits, live=False) as progress:
         progress.step_done(3, STATISTICS)
         progress.evaluated(3, {"reward_mean": 0.5, "kl_mean": None})
 
-    assert lines == [
-        {"log_level": "info", "event": "step 3/20", "reward": 0.25, "KL": 1.5, "length": 12.0},
-        {"log_level": "info", "event": "evaluation after step 3", "reward_mean": 0.5},
+    assert caplog.messages == [
+        "step 3/20 reward=0.25 KL=1.5 length=12.0",
+        "evaluation after step 3 reward_mean=0.5",
     ]
 
 

@@ -27,6 +27,7 @@ def settings(**values: Any) -> TrainerSettings:
     ("values", "reason"),
     [
         ({"kl_penalty": "full"}, "set reference=trainer"),
+        ({"kl_penalty": "full", "reference": "trainer", "old_logprobs": "rollout"}, "set old_logprobs=trainer"),
         ({"reference_model": "x"}, "only used with reference=trainer"),
         ({"top_p": 0.9}, "only temperature may shape sampling"),
         ({"min_new_tokens": 4}, "only temperature may shape sampling"),
