@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from rlhf.channel import KEEPALIVE_SECONDS
 from rlhf.endpoint import write_endpoint_file
+from rlhf.failures import unavailable
 from rlhf.interceptor import CallInterceptor
 from rlhf.logs import get_logger
 from rlhf.metrics import DEFAULT_METRICS_HOST, GrpcServerMetrics, MetricsEndpoint, serve_metrics
@@ -81,9 +82,8 @@ class Server:
         self._grace_seconds = grace_seconds
         self._endpoint_file = endpoint_file
         self._services: list[str] = []
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the package has no types
+        self._health = _Health()
         self._health_updates: set[asyncio.Task[None]] = set()
-        self._drain_callbacks: list[Callable[[], None]] = []
         self._address: str | None = None
         self._metrics: MetricsEndpoint | None = None
 
@@ -110,10 +110,6 @@ class Server:
         update = asyncio.get_running_loop().create_task(self._health.set(service, status))
         self._health_updates.add(update)
         update.add_done_callback(self._health_updates.discard)
-
-    def on_drain(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when a drain begins, before new calls are refused."""
-        self._drain_callbacks.append(callback)
 
     async def start(self) -> None:
         """Bind, serve, and write the endpoint file. Raises BindError naming the address that can't be had."""
@@ -163,11 +159,37 @@ class Server:
 
     async def _drain(self) -> None:
         """Tell clients to go elsewhere, give them time to notice, then let the calls in flight finish."""
-        for callback in self._drain_callbacks:
-            callback()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self._drain_seconds)
+        self._health.end_watches()
         await self.grpc.stop(self._grace_seconds)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the package has no types
+    """gRPC's health service, but its watches can end: each would hold a drain up for the whole grace period."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    def end_watches(self) -> None:
+        """End all watches, and those that come, with UNAVAILABLE."""
+        self._ended.set()
+
+    async def Watch(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """Stream the health of a service until the caller or the server goes away."""
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        end = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait([watch, end], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+        finally:
+            watch.cancel()
+            end.cancel()
+        raise unavailable("the server stops")
 
 
 @contextlib.asynccontextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -175,6 +176,22 @@ async def test_a_drain_finishes_the_call_in_flight_and_exits_0(start_process: St
     assert await asyncio.to_thread(process.wait_exit) == 0
 
 
+async def test_a_watcher_of_health_does_not_hold_up_a_drain(start_process: StartProcess) -> None:
+    process = start_process(MODULE, "--drain-seconds", "0.2", "--grace-seconds", "600")
+    await asyncio.to_thread(process.wait_serving, SERVICE)
+    async with open_channel(process.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        seen = [Status.Name((await watch.read()).status)]
+        process.signal(signal.SIGTERM)
+        seen.append(Status.Name((await watch.read()).status))
+        error = await failure_of(watch.read())
+
+    assert seen == ["SERVING", "NOT_SERVING"]
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert await asyncio.to_thread(process.wait_exit, 10) == 0
+
+
 async def test_a_drain_cuts_what_outlasts_the_grace(start_process: StartProcess) -> None:
     process = start_process(MODULE, "--drain-seconds", "0", "--grace-seconds", "0.2")
     await asyncio.to_thread(process.wait_serving, SERVICE)
@@ -212,3 +229,27 @@ async def test_a_killed_server_comes_back_on_its_port(start_process: StartProces
         start_process(MODULE, listen=address)
         await wait_until_ready(channel, SERVICE, what="server", timeout=30)
         assert await Stub(channel).unary_unary({"a": 1}) == {"a": 1}
+
+
+async def test_grpc_knows_the_name_of_every_option(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ignores a name that it doesn't know, without a word."""
+    options: list[tuple[str, object]] = []
+    make_server, make_channel = grpc.aio.server, grpc.aio.insecure_channel
+
+    def server(**arguments: Any) -> grpc.aio.Server:
+        options.extend(arguments["options"])
+        return make_server(**arguments)
+
+    def channel(target: str, **arguments: Any) -> grpc.aio.Channel:
+        options.extend(arguments["options"])
+        return make_channel(target, **arguments)
+
+    monkeypatch.setattr(grpc.aio, "server", server)
+    monkeypatch.setattr(grpc.aio, "insecure_channel", channel)
+    async with serve() as served:
+        await served.stub.unary_unary({})
+
+    library = await asyncio.to_thread(Path(cygrpc.__file__).read_bytes)
+    names = {name for name, _ in options}
+    assert len(names) > 10
+    assert {name for name in names if name.encode() + b"\0" not in library} == set()
