@@ -1,6 +1,7 @@
 """python -m trainer: one start of a run.
 
-Exit codes: 0 finished; 78 settings, data, folder or servers that don't fit the run (starting again won't help);
+Exit codes: 0 finished; 78 settings, data, folder or servers that don't fit the run (starting again won't help, another
+trainer among them);
 143 or 130 stopped by SIGTERM or SIGINT, a checkpoint is there; 1 anything else.
 """
 
@@ -50,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             Progress(steps=settings.steps, waits=waits, live=live) as progress,
         ):
             return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
-    except (SettingsError, RunFolderError, PromptDataError, CheckpointError, PinError, ImportError) as error:
+    except (SettingsError, RunFolderError, PromptDataError, CheckpointError, ImportError) as error:
         _log.error(str(error))
         return EX_CONFIG
-    except (RpcFailure, BrokenServerError, PublishError, RewardChangedError, NonFiniteLossError) as error:
+    except (PinError, RewardChangedError, PublishError) as error:
+        _log.error(f"the run stops: {error}")
+        return EX_CONFIG
+    except (RpcFailure, BrokenServerError, NonFiniteLossError) as error:
         _log.error(f"the run stops: {error}")
         return 1
 
