@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 PLUMBING = (
     "rlhf.channel, rlhf.config, rlhf.endpoint, rlhf.failures, rlhf.interceptor, rlhf.logs, rlhf.metrics, rlhf.server"
@@ -14,3 +17,14 @@ def test_a_reward_author_never_imports_torch_or_what_comes_with_it() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
     assert not {"torch", "numpy", "transformers", "safetensors", "xxhash"} & set(loaded)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "ERROR"), ("debug", "debug")])
+def test_grpc_is_quiet_unless_the_user_wants_it_otherwise(given: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    if given is not None:
+        environment["GRPC_VERBOSITY"] = given
+    code = "import os, rlhf; print(os.environ['GRPC_VERBOSITY'])"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+
+    assert result.stdout.strip() == expected
