@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = _prepare(arguments, console)
         return asyncio.run(_run(plan, run_dir, console, began))
     except (CorpusError, ProcessDiedError, ReportError, TimeoutError) as error:
-        console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False)
+        console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("\nStopped.")
@@ -160,7 +160,9 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
     endpoints["trainer"] = await _endpoint(trainer, children)
     for name, endpoint in endpoints.items():
         where = f"listens on {endpoint.address}, " if endpoint.address else ""
-        console.print(f"{name:<14} pid {endpoint.pid}: {where}metrics at {endpoint.metrics_url}", highlight=False)
+        console.print(
+            f"{name:<14} pid {endpoint.pid}: {where}metrics at {endpoint.metrics_url}", highlight=False, soft_wrap=True
+        )
     console.print(f"Logs: {logs}\n")
 
     ended = await first_to_end(children)
