@@ -75,6 +75,15 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
         self.calls: list[policy_pb2.GenerateRequest] = []
         self.scored: list[policy_pb2.LogProbsRequest] = []
         self.logprob = logprob
+        self.model = policy_pb2.GetModelResponse(
+            model="policy",
+            weights_digest="xxh3_128:aa",
+            serving_dtype="float32",
+            tokenizer_digest="sha256:bb",
+            vocab_size=257,
+            max_context_tokens=128,
+            logprobs=[policy_pb2.LOG_PROB_KIND_RAW, policy_pb2.LOG_PROB_KIND_PROCESSED],
+        )
         self._scripts = list(scripts)
 
     async def Generate(  # noqa: N802
@@ -98,6 +107,11 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
                 for sequence in request.sequences
             ]
         )
+
+    async def GetModel(  # noqa: N802
+        self, request: policy_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> policy_pb2.GetModelResponse:
+        return self.model
 
     def add_to(self, server: grpc.aio.Server) -> None:
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server)
