@@ -27,6 +27,10 @@ _START_SECONDS = 180.0
 _GRACE_SECONDS = 15.0
 
 
+class RunFolderError(Exception):
+    """The folder for the run's files cannot be used; the message says why."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the three processes are started with. eval_data None: the trainer holds prompts out of `data` itself."""
@@ -46,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     began = time.monotonic()
     run_dir: Path = arguments.run_dir
-    # A second run starts fresh; only the cache is kept.
-    shutil.rmtree(run_dir, ignore_errors=True)
     try:
+        _clear(run_dir)
         plan = _prepare(arguments, console)
         return asyncio.run(_run(plan, run_dir, console, began))
-    except (CorpusError, ProcessDiedError, ReportError, TimeoutError) as error:
+    except (CorpusError, ProcessDiedError, ReportError, RunFolderError, TimeoutError) as error:
         console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -73,6 +76,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="kept between runs (.cache/demo)")
     parser.add_argument("trainer", nargs="*", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _clear(run_dir: Path) -> None:
+    """A second run starts fresh; but a folder that no run made is not ours to delete."""
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "run.json").is_file():
+        raise RunFolderError(f"{run_dir} is not empty, and no earlier run's folder: give another --run-dir")
+    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> Plan:
@@ -126,8 +136,7 @@ async def _run(plan: Plan, run_dir: Path, console: Console, began: float) -> int
 
 async def _story(plan: Plan, run_dir: Path, console: Console, began: float, children: list[Child]) -> Report:
     logs = run_dir.with_name(run_dir.name + "-logs")
-    shutil.rmtree(logs, ignore_errors=True)
-    logs.mkdir(parents=True)
+    logs.mkdir(parents=True, exist_ok=True)
     common = ["--metrics-port", "auto"]
     server = [*common, "--listen", "127.0.0.1:0", "--drain-seconds", "0", "--grace-seconds", "2"]
     options = ["--reward-options", plan.reward_options] if plan.reward_options else []

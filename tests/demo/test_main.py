@@ -131,3 +131,13 @@ def test_a_reward_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert "Did you mean 'vader'" in result.stdout
+
+
+def test_a_folder_that_no_run_made_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = subprocess.run(
+        [sys.executable, "-m", "demo", "--run-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert "give another --run-dir" in result.stdout
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
