@@ -80,7 +80,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _clear(run_dir: Path) -> None:
     """A second run starts fresh; but a folder that no run made is not ours to delete."""
-    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / "run.json").is_file():
+    found = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if found - {".lock"} and "run.json" not in found:
         raise RunFolderError(f"{run_dir} is not empty, and no earlier run's folder: give another --run-dir")
     shutil.rmtree(run_dir, ignore_errors=True)
 
