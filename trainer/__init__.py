@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.model import AutoModelForCausalLMWithValueHead
     from trainer.ppo.config import PPOConfig
-    from trainer.ppo_trainer import PPOTrainer
+    from trainer.quickstart.ppo_trainer import PPOTrainer
 
 __all__ = ["AutoModelForCausalLMWithValueHead", "PPOConfig", "PPOTrainer"]
 
 _HOMES = {
     "AutoModelForCausalLMWithValueHead": "trainer.model",
     "PPOConfig": "trainer.ppo.config",
-    "PPOTrainer": "trainer.ppo_trainer",
+    "PPOTrainer": "trainer.quickstart.ppo_trainer",
 }
 
 

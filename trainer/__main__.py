@@ -27,19 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(TrainerSettings, argv, prog="python -m trainer")
     configure_logging(settings.log_format, settings.log_level)
     # Seconds of importing torch come after mistakes in the settings have been told.
-    from trainer.assembly import run
-    from trainer.checkpoints import CheckpointError
     from trainer.clients.policy import BrokenServerError
+    from trainer.clients.publisher import PublishError
     from trainer.clients.rewards import RewardChangedError
-    from trainer.learner import NonFiniteLossError
-    from trainer.loading import SettingsError
+    from trainer.learning.learner import NonFiniteLossError
     from trainer.metrics import TrainerMetrics
-    from trainer.pinning import PinError
-    from trainer.progress import Progress, wants_live_display
-    from trainer.prompts import PromptDataError
-    from trainer.publisher import PublishError
-    from trainer.runfolder import RunFolderError, lock_run_folder
-    from trainer.waiting import WaitBoard
+    from trainer.run.assembly import run
+    from trainer.run.checkpoints import CheckpointError
+    from trainer.run.loading import SettingsError
+    from trainer.run.pinning import PinError
+    from trainer.run.progress import Progress, wants_live_display
+    from trainer.run.prompts import PromptDataError
+    from trainer.run.runfolder import RunFolderError, lock_run_folder
+    from trainer.run.waiting import WaitBoard
 
     metrics = TrainerMetrics()
     waits = WaitBoard(metrics)

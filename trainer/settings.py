@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from rlhf.config import ProcessSettings
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
-from trainer.tracking import TrackerName
+from trainer.run.tracking import TrackerName
 
 
 class ReferencePlace(enum.StrEnum):

@@ -107,7 +107,7 @@ class EngineWorker:
         """Free what every request of that name holds; whoever still listens gets ABORTED."""
         for generation in list(self._open.values()):
             if generation.request.request_id == request_id:
-                self.cancel(generation, failures.aborted("CANCELLED", "the request was cancelled"))
+                self.cancel(generation, failures.unavailable("the request was cancelled by the server"))
 
     def score(self, job: ScoringJob) -> None:
         """Take in a scoring request whose place in the queue is already counted."""

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.benchmarks.measuring import Measurement, interleaved
 from tests.support.processes import StartProcess
-from trainer.publisher import WeightPublisher
+from trainer.clients.publisher import WeightPublisher
 from trainer.versions import WeightsVersion
 
 GB = 1e9

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.batch import RolloutBatch
-from trainer.learner import PPOLearner
+from trainer.learning.batch import RolloutBatch
+from trainer.learning.learner import PPOLearner
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.statistics import Statistics

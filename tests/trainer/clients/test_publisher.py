@@ -1,0 +1,138 @@
+"""WeightPublisher against a server that keeps weights in memory, and that fails when told to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+import torch
+
+from rlhf.channel import RetryPolicy
+from rlhf.policy.v1 import policy_pb2
+from tests.trainer.servers import MemoryWeights, serving
+from trainer.clients.publisher import PublishError, WeightPublisher
+from trainer.versions import WeightsVersion
+
+FAST = RetryPolicy(initial=0.01, maximum=0.05)
+TENSORS = [("a.weight", torch.arange(6.0).reshape(2, 3)), ("b.bias", torch.tensor([1.5], dtype=torch.bfloat16))]
+
+
+def version(number: int, *, incarnation: int = 1, run_id: str = "run") -> WeightsVersion:
+    return WeightsVersion(run_id, incarnation, number)
+
+
+@contextlib.asynccontextmanager
+async def publisher_to(server: MemoryWeights, **options: object) -> AsyncIterator[WeightPublisher]:
+    async with serving(server.add_to) as address:
+        publisher = WeightPublisher(address, retry=FAST, timeout=10.0, **options)  # type: ignore[arg-type]
+        try:
+            yield publisher
+        finally:
+            await publisher.close()
+
+
+async def test_the_server_gets_the_very_bytes_under_their_names() -> None:
+    server = MemoryWeights()
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1))
+
+    assert server.tensors == {
+        "a.weight": TENSORS[0][1].numpy().tobytes(),
+        "b.bias": TENSORS[1][1].view(torch.uint8).numpy().tobytes(),
+    }
+    assert WeightsVersion.from_proto(server.live) == version(1)
+    assert server.updates[0].total_bytes == 26
+
+
+async def test_a_tensor_above_a_megabyte_is_cut_into_chunks() -> None:
+    server = MemoryWeights()
+    large = torch.randn(700_000)
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish([("large", large)], version(1))
+
+    assert server.tensors["large"] == large.numpy().tobytes()
+
+
+async def test_a_cut_stream_is_sent_again_until_it_is_live() -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED]
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 3
+    assert len({begin.update_id for begin in server.updates}) == 1
+
+
+async def test_a_lost_answer_is_resolved_by_asking_and_not_by_sending_again() -> None:
+    server = MemoryWeights()
+    server.lose_answer = [grpc.StatusCode.UNAVAILABLE]
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 1
+
+
+async def test_the_first_publish_replaces_another_runs_weights_by_compare_and_swap() -> None:
+    other = policy_pb2.WeightsVersion(run_id="other", incarnation=3, version=9)
+    server = MemoryWeights(live=other)
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(0))
+
+    assert server.updates[0].if_current == other
+
+
+async def test_a_newer_incarnation_of_the_run_stops_this_trainer() -> None:
+    server = MemoryWeights(live=policy_pb2.WeightsVersion(run_id="run", incarnation=2, version=0))
+
+    async with publisher_to(server) as publisher:
+        with pytest.raises(PublishError, match="another trainer of this run is newer"):
+            await publisher.publish(TENSORS, version(7, incarnation=1))
+
+    assert server.updates == []
+
+
+async def test_a_restarted_server_gets_the_last_weights_again_after_it_was_checked() -> None:
+    server = MemoryWeights()
+    checked: list[str] = []
+
+    async def check() -> None:
+        checked.append(server.instance)
+
+    async with publisher_to(server, on_new_server=check) as publisher:
+        await publisher.publish(TENSORS, version(4))
+        server.instance, server.live, server.tensors = "second", policy_pb2.WeightsVersion(), {}
+        await publisher.ensure()
+        await publisher.ensure()
+
+    assert checked == ["first", "second"]
+    assert set(server.tensors) == {"a.weight", "b.bias"}
+    assert [begin.weights.version for begin in server.updates] == [4, 4]
+    assert len({begin.update_id for begin in server.updates}) == 2
+
+
+async def test_a_server_that_another_trainer_took_over_is_not_taken_back() -> None:
+    server = MemoryWeights()
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1))
+        server.live = policy_pb2.WeightsVersion(run_id="other", incarnation=1, version=1)
+        with pytest.raises(PublishError, match="another trainer took it over"):
+            await publisher.ensure()
+
+    assert len(server.updates) == 1
+
+
+async def test_before_the_first_publish_there_is_nothing_to_ensure() -> None:
+    server = MemoryWeights()
+
+    async with publisher_to(server) as publisher:
+        await publisher.ensure()
+
+    assert server.updates == []

@@ -1,0 +1,150 @@
+"""Checkpoints: whole or absent, and enough to go on exactly."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.models import make_tiny_gpt2
+from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.run.checkpoints import (
+    CheckpointError,
+    CheckpointStore,
+    Pins,
+    RunState,
+    load_learner_state,
+    load_state,
+    realign_parameters,
+    save_model,
+)
+from trainer.run.prompts import Cursor
+
+
+def state_at(step: int) -> RunState:
+    return RunState(
+        run_id="run",
+        incarnation=2,
+        pins=Pins("xxh3_128:aa", "sha256:bb", "1"),
+        completed_step=step,
+        version=step,
+        cursor=Cursor(1, 7),
+        evaluated_step=step,
+        best_reward=0.5,
+        best_step=1,
+        log_offsets={"metrics": 12},
+    )
+
+
+class Nothing:
+    """A model and tokenizer that write one file."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"weights")
+
+
+class Interrupted(Nothing):
+    """Writes, and then the process dies."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        super().save_pretrained(folder)
+        raise KeyboardInterrupt
+
+
+def save(store: CheckpointStore, step: int, model: Any = None) -> Path:
+    return store.save(state_at(step), model=model or Nothing(), tokenizer=Nothing(), learner_state={"step": step})
+
+
+def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    folder = save(CheckpointStore(tmp_path, keep=2), 3)
+
+    assert load_state(folder) == state_at(3)
+    assert load_learner_state(folder) == {"step": 3}
+
+
+def test_the_newest_few_are_kept_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+
+    for step in (999_998, 999_999, 1_000_000):
+        save(store, step)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"step-999999", "step-1000000"}
+    assert store.latest() == tmp_path / "step-1000000"
+
+
+def test_an_interrupted_save_leaves_the_one_before_and_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    before = save(store, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        save(store, 2, Interrupted())
+
+    assert CheckpointStore(tmp_path, keep=3).latest() == before
+    save(store, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_there_is_no_latest_before_the_first(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "checkpoints", keep=1).latest() is None
+
+
+def test_every_random_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder = save(CheckpointStore(tmp_path, keep=1), 1)
+    expected = (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())
+
+    load_learner_state(folder)
+
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()) == expected
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = save(CheckpointStore(tmp_path, keep=1), 1)
+    file = folder / "trainer_state.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+
+    with pytest.raises(CheckpointError, match="another version of the trainer"):
+        load_state(folder)
+
+
+def test_a_checkpoint_opens_in_transformers_and_keeps_the_value_head(tmp_path: Path) -> None:
+    source = make_tiny_gpt2(tmp_path / "model")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+
+    folder = store.save(state_at(1), model=model, tokenizer=tokenizer, learner_state={})
+
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(model.pretrained_model.parameters(), plain.parameters(), strict=True)
+    )
+    assert torch.equal(again.v_head.summary.weight, model.v_head.summary.weight)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_final_model_replaces_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale").touch()
+
+    save_model(tmp_path / "model", model=Nothing(), tokenizer=Nothing())
+
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+
+
+def test_realigned_parameters_lie_on_64_bytes_and_tied_ones_stay_tied(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_gpt2(tmp_path / "model"))
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+
+    realign_parameters(model)
+
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
+    assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}
+    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()

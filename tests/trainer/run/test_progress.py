@@ -1,0 +1,118 @@
+"""What a person and a dashboard see of a run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+
+from trainer.metrics import TrainerMetrics
+from trainer.run.progress import Progress
+from trainer.run.tracking import TrackerName, open_trackers
+from trainer.run.waiting import WaitBoard
+
+STATISTICS = {"ppo/mean_scores": 0.25, "objective/kl": 1.5, "tokens/responses_len_mean": 12.0, "undefined": None}
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def waits(registry: CollectorRegistry) -> WaitBoard:
+    return WaitBoard(TrainerMetrics(registry))
+
+
+def shown(progress: Progress) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(progress.render())
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBoard) -> None:
+    progress = Progress(steps=20, waits=waits, live=False)
+    waits.waiting("reward", "127.0.0.1:7", "UNAVAILABLE: connection refused")
+
+    progress.step_done(3, STATISTICS)
+    with progress.phase("rollout"):
+        progress.count(5, 8)
+        text = shown(progress)
+
+    assert "step 3/20" in text
+    assert "rollout 5/8" in text
+    assert "reward 0.25  KL 1.5  length 12" in text
+    assert "waiting for the reward server 127.0.0.1:7 for 0 s: UNAVAILABLE: connection refused" in text
+
+
+def test_a_live_panel_is_drawn(waits: WaitBoard) -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=100)
+
+    with Progress(steps=2, waits=waits, live=True, console=console) as progress:
+        progress.step_done(1, STATISTICS)
+
+    assert "step 1/2" in drawn.getvalue()
+
+
+def test_without_a_terminal_a_step_is_one_line_with_its_numbers(
+    waits: WaitBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    with Progress(steps=20, waits=waits, live=False) as progress:
+        progress.step_done(3, STATISTICS)
+        progress.evaluated(3, {"reward_mean": 0.5, "kl_mean": None})
+
+    assert caplog.messages == [
+        "step 3/20 reward=0.25 KL=1.5 length=12.0",
+        "evaluation after step 3 reward_mean=0.5",
+    ]
+
+
+def test_a_wait_sets_the_gauge_until_the_server_answers(registry: CollectorRegistry, waits: WaitBoard) -> None:
+    def gauge(on: str) -> float | None:
+        return registry.get_sample_value("rlhf_trainer_waiting", {"on": on})
+
+    assert (gauge("policy"), gauge("reward")) == (0, 0)
+    waits.waiting("reward", "127.0.0.1:7", "down")
+    waits.waiting("reward", "127.0.0.1:7", "still down")
+    assert (gauge("policy"), gauge("reward")) == (0, 1)
+    assert waits.waits["reward"].reason == "still down"
+    waits.answered("reward")
+    assert (gauge("reward"), dict(waits.waits)) == (0, {})
+
+
+def test_statistics_become_gauges_under_names_that_prometheus_takes(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+
+    metrics.set_statistics({"objective/kl": 2.0, "ppo/loss/total": None})
+    metrics.set_statistics({"objective/kl": 3.0})
+
+    assert registry.get_sample_value("rlhf_trainer_objective_kl") == 3.0
+    undefined = registry.get_sample_value("rlhf_trainer_ppo_loss_total")
+    assert undefined is not None
+    assert undefined != undefined
+
+
+def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
+    from pathlib import Path
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = Path(str(tmp_path))
+    for resumed, steps in ((0, (1, 2, 3)), (1, (2, 3))):
+        (tracker,) = open_trackers(
+            [TrackerName.TENSORBOARD], run_id="run", folder=folder, settings={}, resumed_step=resumed
+        )
+        for step in steps:
+            tracker.log(step, {"objective/kl": float(step)})
+        tracker.close()
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("objective/kl")] == [(1, 1.0), (2, 2.0), (3, 3.0)]

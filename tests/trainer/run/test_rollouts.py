@@ -1,0 +1,140 @@
+"""Rollouts: what is asked of whom, and in which order, whatever finishes first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from rlhf.channel import RetryPolicy
+from rlhf.policy.v1 import policy_pb2
+from rlhf.reward.v1 import reward_pb2
+from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, scored, serving
+from trainer.clients.policy import BrokenServerError, PolicyClient
+from trainer.clients.rewards import RewardClient, Scored
+from trainer.run.prompts import Prompt, Record
+from trainer.run.rollouts import Rollout, RolloutCollector, Sampling
+from trainer.versions import WeightsVersion
+
+FAST = RetryPolicy(initial=0.001, maximum=0.01)
+WEIGHTS = WeightsVersion("run", 1, 2)
+
+
+def prompts(count: int) -> list[Prompt]:
+    texts = [f"prompt {row}" for row in range(count)]
+    return [Prompt(Record(row, text, {"row": str(row)}), text, (100 * row + 1,)) for row, text in enumerate(texts)]
+
+
+@contextlib.asynccontextmanager
+async def collector_of(policy: ScriptedPolicy, reward: ScriptedReward) -> AsyncIterator[RolloutCollector]:
+    async with serving(policy.add_to) as policy_address, serving(reward.add_to) as reward_address:
+        policy_client = PolicyClient(policy_address, retry=FAST)
+        rewards = RewardClient(reward_address, run_id="run", retry=FAST)
+        try:
+            await rewards.pin()
+            yield RolloutCollector(
+                policy_client,
+                rewards,
+                run_id="run",
+                sampling=Sampling(temperature=0.7, max_new_tokens=8),
+                concurrency=4,
+                served_reference=True,
+            )
+        finally:
+            await policy_client.close()
+            await rewards.close()
+
+
+async def collect(collector: RolloutCollector, count: int) -> list[Rollout]:
+    return await collector.collect(
+        prompts(count), name="1", step=1, seeds=range(count), weights=WEIGHTS, on_generated=lambda done, of: None
+    )
+
+
+async def test_rollouts_come_in_the_order_of_the_prompts_with_their_own_rewards() -> None:
+    def by_row(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        results = [
+            reward_pb2.SampleResult(
+                sample_id=sample.sample_id, scored=reward_pb2.Scored(reward=float(sample.metadata["row"]))
+            )
+            for sample in request.samples
+        ]
+        return reward_pb2.ScoreResponse(results=results[::-1])
+
+    async with collector_of(ScriptedPolicy(completed), ScriptedReward(by_row)) as collector:
+        rollouts = await collect(collector, 20)
+
+    assert [rollout.prompt.text for rollout in rollouts] == [f"prompt {row}" for row in range(20)]
+    assert [rollout.outcome for rollout in rollouts] == [Scored(float(row)) for row in range(20)]
+    assert [rollout.generation.token_ids[0] for rollout in rollouts] == [100 * row + 2 for row in range(20)]
+    assert all(rollout.reference_logprobs == (-0.5, -0.5, -0.5) for rollout in rollouts)
+
+
+async def test_reference_calls_group_rows_by_number_so_that_timing_changes_no_bits() -> None:
+    policy = ScriptedPolicy(completed)
+
+    async with collector_of(policy, ScriptedReward(scored)) as collector:
+        await collect(collector, 20)
+
+    first_tokens = sorted([sequence.prompt_token_ids[0] for sequence in call.sequences] for call in policy.scored)
+    assert first_tokens == [[100 * row + 1 for row in range(16)], [100 * row + 1 for row in range(16, 20)]]
+    assert {call.model for call in policy.scored} == {"reference"}
+    assert {round(call.temperature, 6) for call in policy.scored} == {0.7}
+
+
+async def test_sample_ids_change_with_the_tokens_and_only_with_them() -> None:
+    async def ids(tokens: int) -> list[str]:
+        policy = ScriptedPolicy(lambda request: completed(request, tokens=tokens))
+        async with collector_of(policy, ScriptedReward(scored)) as collector:
+            return [rollout.sample_id for rollout in await collect(collector, 3)]
+
+    first, again, other = await ids(3), await ids(3), await ids(4)
+
+    assert first == again
+    assert len({*first, *other}) == 6
+    assert all(sample_id.startswith(f"run/1/{row}/") for row, sample_id in enumerate(first))
+
+
+async def test_a_completion_without_tokens_is_judged_by_nobody() -> None:
+    reward = ScriptedReward(scored)
+    policy = ScriptedPolicy(lambda request: completed(request, tokens=0))
+
+    async with collector_of(policy, reward) as collector:
+        (rollout,) = await collect(collector, 1)
+
+    assert (rollout.outcome, rollout.reference_logprobs) == (None, None)
+    assert reward.calls == policy.scored == []
+
+
+async def test_an_aborted_completion_is_asked_for_again() -> None:
+    def aborted(request: policy_pb2.GenerateRequest) -> policy_pb2.GenerateResponse:
+        return completed(request, tokens=1, finish=policy_pb2.FINISH_REASON_ABORTED)
+
+    policy = ScriptedPolicy(aborted, aborted, completed)
+
+    async with collector_of(policy, ScriptedReward(scored)) as collector:
+        (rollout,) = await collect(collector, 1)
+
+    assert len(rollout.generation.token_ids) == 3
+    assert policy.calls[0] == policy.calls[2]
+
+
+async def test_tokens_of_other_weights_never_become_a_rollout() -> None:
+    def stale(request: policy_pb2.GenerateRequest) -> policy_pb2.GenerateResponse:
+        response = completed(request)
+        response.completions[0].spans[0].weights.version = 1
+        return response
+
+    async with collector_of(ScriptedPolicy(stale), ScriptedReward(scored)) as collector:
+        with pytest.raises(BrokenServerError, match="sampled row 0 with version 1"):
+            await collect(collector, 1)
+
+
+async def test_the_first_final_error_ends_the_collection_and_leaves_nothing_running() -> None:
+    reward = ScriptedReward(grpc.StatusCode.UNIMPLEMENTED)
+
+    async with collector_of(ScriptedPolicy(completed), reward) as collector:
+        with pytest.raises(Exception, match="UNIMPLEMENTED"):
+            await collect(collector, 10)

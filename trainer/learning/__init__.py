@@ -1,0 +1,1 @@
+"""Learning: one PPO step on one batch of rollouts."""

@@ -1,0 +1,395 @@
+"""One PPO step on one batch of rollouts: the only place where the policy's weights change."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trainer.learning.assessment import assess, pad_rows
+from trainer.learning.batch import RolloutBatch
+from trainer.learning.experience import Experience, gather_experience
+from trainer.learning.forward import collate, response_distribution_and_values, run_without_dropout
+from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.ppo.config import PPOConfig
+from trainer.ppo.controllers import adapted_kl_coefficient
+from trainer.ppo.kl import KlPenalty, estimated_kl
+from trainer.ppo.logprobs import entropy, token_logprobs
+from trainer.ppo.losses import policy_loss, value_loss
+from trainer.ppo.minibatches import split_into_updates
+from trainer.ppo.moments import RunningMoments, clip_scores, scale_scores
+from trainer.ppo.rewards import token_rewards
+from trainer.ppo.statistics import (
+    Statistics,
+    combined_over_minibatches,
+    gap_statistics,
+    length_statistics,
+    mean,
+    minibatch_statistics,
+    objective_statistics,
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss or a gradient is NaN or infinite. That update was not made; earlier updates of the same step were.
+
+    `statistics` are those of the offending mini-batch, by the names of `step`'s.
+    """
+
+    def __init__(self, message: str, statistics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.statistics = statistics
+
+
+@dataclass(frozen=True)
+class _MiniBatch:
+    """What one mini-batch reports."""
+
+    numbers: dict[str, float]
+    advantages: Tensor
+    """[tokens trained on], CPU."""
+    ratio: Tensor
+    """[tokens trained on], CPU."""
+    skipped: bool
+    """Whether the mean ratio exceeded the threshold."""
+
+
+class PPOLearner:
+    """Updates a policy and its value head from batches of rollouts, as TRL 0.11.4's `PPOTrainer.step` does.
+
+    `docs/ppo.md` says what is computed and where it differs from TRL.
+
+    model: trained in place; moved to the accelerator's device if there is one. `reference`: a frozen causal LM (value
+    head or not) on the model's device, needed for `kl_penalty="full"` and for batches without reference
+    log-probabilities. temperature: what the rollout was sampled at; all log-probabilities are of logits / temperature.
+    old_logprobs: where the probability ratio starts from, recomputed here or as the rollout gave them. optimizer:
+    Adam if None. lr_scheduler: stepped once per `step`.
+
+    Raises ValueError for settings that cannot work together.
+    """
+
+    def __init__(
+        self,
+        model: AutoModelForCausalLMWithValueHead,
+        config: PPOConfig,
+        *,
+        reference: nn.Module | None,
+        tokenizer_pad_id: int,
+        temperature: float = 1.0,
+        old_logprobs: Literal["trainer", "rollout"] = "trainer",
+        accelerator: Any | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature is {temperature}: it must be finite and above 0")
+        if reference is model:
+            raise ValueError("reference is the trained model itself: the KL would always be 0; pass a frozen copy")
+        full = config.kl_penalty is KlPenalty.FULL
+        if full and reference is None:
+            raise ValueError("kl_penalty=full needs whole distributions: the trainer must hold its own reference model")
+        if full and old_logprobs == "rollout":
+            raise ValueError("kl_penalty=full needs whole distributions of the old policy: use old_logprobs=trainer")
+        if accelerator is not None:
+            _refuse_unsupported(accelerator)
+        self.config = config
+        self.temperature = temperature
+        self.completed_steps = 0
+        self.kl_coefficient = config.init_kl_coef
+        self._old_logprobs = old_logprobs
+        self._pad_id = tokenizer_pad_id
+        self._moments = RunningMoments()
+        self._shuffler = np.random.RandomState(config.seed)
+        self.model = model
+        self._accelerator = accelerator
+        self._wrapped: nn.Module = model
+        self._reference = reference
+        if config.gradient_checkpointing:
+            _enable_checkpointing(model.pretrained_model)
+        self._optimizer: torch.optim.Optimizer = optimizer or torch.optim.Adam(
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.learning_rate
+        )
+        self._lr_scheduler = lr_scheduler
+        if accelerator is not None:
+            self._wrapped, self._optimizer = accelerator.prepare(model, self._optimizer)
+            if reference is not None:
+                self._reference = accelerator.prepare_model(reference, evaluation_mode=True)
+        if self._reference is not None:
+            self._reference.requires_grad_(False).eval()
+        self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._device = next(model.parameters()).device
+
+    def step(self, batch: RolloutBatch) -> Statistics:
+        """Train on `batch`, of at most or exactly `batch_size` samples, and return the statistics.
+
+        Raises ValueError for a batch that does not fit the settings, before anything changes, and NonFiniteLossError
+        in place of the update that would have spoiled the weights.
+        """
+        self._check_batch(batch)
+        started = time.perf_counter()
+        run_without_dropout(self._wrapped, checkpoint_activations=self.config.gradient_checkpointing)
+        queries = [query.cpu() for query in batch.queries]
+        responses = [response.cpu() for response in batch.responses]
+        config = self.config
+        scores = self._shaped_scores(batch.scores.detach().to("cpu", torch.float32))
+        given = self._padded_inputs(batch)
+        mask = given["response_masks"]
+
+        full = config.kl_penalty is KlPenalty.FULL
+        assessment = assess(
+            self._wrapped,
+            self._reference if full or batch.reference_logprobs is None else None,
+            queries,
+            responses,
+            temperature=self.temperature,
+            with_full_kl=full,
+            mini_batch_size=config.samples_per_mini_batch,
+            pad_id=self._pad_id,
+            device=self._device,
+        )
+        old_logprobs = given["rollout_logprobs"] if self._old_logprobs == "rollout" else assessment.logprobs
+        reference_logprobs = assessment.reference_logprobs
+        if reference_logprobs is None:
+            reference_logprobs = given["reference_logprobs"]
+        forward_done = time.perf_counter()
+
+        kl = assessment.full_kl
+        if kl is None:
+            kl = estimated_kl(old_logprobs, reference_logprobs, config.kl_penalty)
+        rewards, kl_rewards = token_rewards(
+            scores.to(self._device), kl, mask, kl_coef=self.kl_coefficient, extra=given.get("token_rewards")
+        )
+        rewards_done = time.perf_counter()
+        experience = gather_experience(
+            rewards,
+            assessment.values,
+            old_logprobs,
+            mask,
+            gamma=config.gamma,
+            lam=config.lam,
+            whiten_rewards=config.whiten_rewards,
+        )
+        advantages_done = time.perf_counter()
+
+        trained = self._train(queries, responses, experience)
+        optimize_done = time.perf_counter()
+
+        statistics = objective_statistics(
+            kl=kl,
+            kl_rewards=kl_rewards,
+            logprobs=old_logprobs,
+            mask=mask,
+            scores=scores,
+            kl_coef=self.kl_coefficient,
+        )
+        statistics["objective/logprobs"] = _ragged(old_logprobs, responses)
+        statistics["objective/ref_logprobs"] = _ragged(reference_logprobs, responses)
+        statistics |= length_statistics(queries, responses)
+        if "rollout_logprobs" in given:
+            statistics |= gap_statistics(assessment.logprobs, given["rollout_logprobs"], mask)
+        statistics |= trained
+        statistics["ppo/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
+        if self.config.adap_kl_ctrl:
+            self.kl_coefficient = adapted_kl_coefficient(
+                self.kl_coefficient,
+                kl=(kl * mask).sum(1).mean().item(),
+                samples=len(batch),
+                target=self.config.target,
+                horizon=self.config.horizon,
+            )
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.step()
+        self.completed_steps += 1
+        finished = time.perf_counter()
+        return statistics | {
+            "time/ppo/forward_pass": forward_done - started,
+            "time/ppo/compute_rewards": rewards_done - forward_done,
+            "time/ppo/compute_advantages": advantages_done - rewards_done,
+            "time/ppo/optimize_step": optimize_done - advantages_done,
+            "time/ppo/calc_stats": finished - optimize_done,
+            "time/ppo/total": finished - started,
+        }
+
+    def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The causal LM's parameters under transformers' names, without the value head, tied ones once."""
+        return self.model.pretrained_model.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed, beside the model's weights, to continue bit for bit: tensors and plain values only."""
+        _, key, position, has_gauss, cached = self._shuffler.get_state(legacy=True)
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler is not None else None,
+            "kl_coefficient": self.kl_coefficient,
+            "moments": {"count": self._moments.count, "mean": self._moments.mean, "squares": self._moments.squares},
+            "shuffler": {
+                "key": torch.from_numpy(np.asarray(key).astype(np.int64)),
+                "position": int(position),
+                "has_gauss": int(has_gauss),
+                "cached_gaussian": float(cached),
+            },
+            "completed_steps": self.completed_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of a learner with the same settings; load the model's weights separately.
+
+        Raises ValueError when only one of the two learners has a scheduler.
+        """
+        if (state["lr_scheduler"] is None) != (self._lr_scheduler is None):
+            raise ValueError("lr_scheduler: the saved learner and this one must both have one or both have none")
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._lr_scheduler is not None:
+            self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.kl_coefficient = float(state["kl_coefficient"])
+        self._moments = RunningMoments(**state["moments"])
+        saved = state["shuffler"]
+        key = saved["key"].cpu().numpy().astype(np.uint32)
+        self._shuffler.set_state(("MT19937", key, saved["position"], saved["has_gauss"], saved["cached_gaussian"]))
+        self.completed_steps = int(state["completed_steps"])
+
+    def _check_batch(self, batch: RolloutBatch) -> None:
+        if len(batch) > self.config.batch_size:
+            raise ValueError(f"the batch has {len(batch)} samples, batch_size is {self.config.batch_size}")
+        if self._old_logprobs == "rollout" and batch.rollout_logprobs is None:
+            raise ValueError("old_logprobs=rollout needs rollout_logprobs in the batch")
+        if self._reference is None and batch.reference_logprobs is None:
+            raise ValueError("the batch has no reference_logprobs and the learner no reference model to compute them")
+
+    def _shaped_scores(self, scores: Tensor) -> Tensor:
+        if self.config.use_score_scaling:
+            self._moments = self._moments.updated(scores)
+            scores = scale_scores(scores, self._moments, subtract_mean=self.config.use_score_norm)
+        if self.config.score_clip is not None:
+            scores = clip_scores(scores, self.config.score_clip)
+        return scores
+
+    def _padded_inputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """The per-token fields that the batch brings, each [batch, time] on the device; `response_masks` always."""
+        brought = {
+            "response_masks": batch.response_masks or [torch.ones(len(response)) for response in batch.responses],
+            "token_rewards": batch.token_rewards,
+            "reference_logprobs": batch.reference_logprobs,
+            "rollout_logprobs": batch.rollout_logprobs,
+        }
+        return {name: pad_rows(rows, self._device) for name, rows in brought.items() if rows is not None}
+
+    def _train(self, queries: list[Tensor], responses: list[Tensor], experience: Experience) -> Statistics:
+        """All epochs; the means over their mini-batches, and advantages and ratios of every token trained on."""
+        config = self.config
+        minibatches: list[_MiniBatch] = []
+        gradient_norms: list[float] = []
+        for _ in range(config.ppo_epochs):
+            for update in split_into_updates(
+                self._shuffler.permutation(len(queries)).tolist(),
+                mini_batch_size=config.samples_per_mini_batch,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+            ):
+                samples = sum(len(chosen) for chosen in update)
+                for chosen in update:
+                    minibatches.append(
+                        self._backward(
+                            [queries[row] for row in chosen],
+                            [responses[row] for row in chosen],
+                            experience.rows(chosen),
+                            weight=len(chosen) / samples,
+                        )
+                    )
+                gradient_norms.append(self._update(minibatches[-1].numbers))
+            if config.early_stopping and minibatches[-1].numbers["ppo/policy/policykl"] > 1.5 * config.target_kl:
+                break
+        statistics: Statistics = {**combined_over_minibatches([minibatch.numbers for minibatch in minibatches])}
+        statistics["ppo/policy/advantages"] = torch.cat([minibatch.advantages for minibatch in minibatches])
+        statistics["ppo/policy/ratio"] = torch.cat([minibatch.ratio for minibatch in minibatches])
+        statistics["ppo/policy/skipped"] = mean([float(minibatch.skipped) for minibatch in minibatches])
+        statistics["ppo/grad_norm"] = mean(gradient_norms)
+        return statistics
+
+    def _backward(
+        self, queries: list[Tensor], responses: list[Tensor], experience: Experience, *, weight: float
+    ) -> _MiniBatch:
+        """Add `weight` times the gradient of one mini-batch's loss."""
+        config = self.config
+        rows = collate(queries, responses, pad_id=self._pad_id, device=self._device)
+        experience = experience.cut(rows.mask.shape[1])
+        distribution, packed_values = response_distribution_and_values(self._wrapped, rows, self.temperature)
+        logprobs = rows.padded(token_logprobs(distribution, rows.tokens))
+        values = rows.padded(packed_values)
+        policy = policy_loss(
+            logprobs, experience.old_logprobs, experience.advantages, experience.mask, cliprange=config.cliprange
+        )
+        value = value_loss(
+            values, experience.old_values, experience.returns, experience.mask, cliprange=config.cliprange_value
+        )
+        tensors = minibatch_statistics(
+            policy=policy,
+            value=value,
+            vf_coef=config.vf_coef,
+            entropy=rows.padded(entropy(distribution.detach())),
+            values=values,
+            old_values=experience.old_values,
+            advantages=experience.advantages,
+            returns=experience.returns,
+            mask=experience.mask,
+        )
+        mean_ratio, *scalars = torch.stack([policy.mean_ratio, *tensors.values()]).tolist()
+        numbers = dict(zip(tensors, scalars, strict=True))
+        loss = policy.loss + config.vf_coef * value.loss
+        skipped = mean_ratio > config.ratio_threshold
+        if skipped:
+            # A loss of zero, not no loss: Adam's moments decay and its momentum acts, as in TRL. The loss itself may
+            # have overflowed, and 0 · inf is no zero.
+            loss = 0.0 * (logprobs.sum() + values.sum())
+            numbers |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
+        if not math.isfinite(numbers["ppo/loss/total"]):
+            self._optimizer.zero_grad()
+            raise NonFiniteLossError(f"the loss of a mini-batch is {numbers['ppo/loss/total']}", numbers)
+        if self._accelerator is None:
+            torch.autograd.backward(loss * weight)
+        else:
+            self._accelerator.backward(loss * weight)
+        trained = experience.mask.bool()
+        return _MiniBatch(numbers, experience.advantages[trained].cpu(), policy.ratio[trained].cpu(), skipped)
+
+    def _update(self, numbers: dict[str, float]) -> float:
+        """One optimizer step from the gradients gathered; their norm before clipping. `numbers` explain a failure."""
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self._optimizer.zero_grad()
+            raise NonFiniteLossError(f"the norm of the gradient is {norm.item()}", numbers)
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._trained, self.config.max_grad_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm.item()
+
+
+def _ragged(padded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """[batch, time] → one [t_i] on the CPU per row of `rows`."""
+    return [values[: len(row)].cpu() for values, row in zip(padded, rows, strict=True)]
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> None:
+    # transformers 5.20 renamed the method and warns about the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def _refuse_unsupported(accelerator: Any) -> None:
+    if accelerator.num_processes != 1:
+        raise ValueError(f"the accelerator has {accelerator.num_processes} processes: the learner works in one so far")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"the accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: "
+            "set it in PPOConfig alone, the learner accumulates by itself"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision={accelerator.mixed_precision} is not supported: use bf16 or no")

@@ -1,0 +1,1 @@
+"""The run: the loop over gRPC and everything that it drives."""

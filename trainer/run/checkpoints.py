@@ -1,0 +1,190 @@
+"""Checkpoints: everything that continues a run exactly, written so that a crash leaves a whole one or none.
+
+A checkpoint is a folder that transformers loads as a model (value head included, as TRL stores it), with two files
+more: trainer_state.json and learner.pt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.run.prompts import Cursor
+from trainer.run.runfolder import sync_folder
+
+_STATE_FILE = "trainer_state.json"
+_LEARNER_FILE = "learner.pt"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint can't be read by this trainer; the message says why."""
+
+
+class Saveable(Protocol):
+    """A model or a tokenizer."""
+
+    def save_pretrained(self, folder: Any) -> Any:
+        """Write it to `folder`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What must not change within a run: the served reference's weights, the tokenizer, the reward."""
+
+    reference_digest: str
+    tokenizer_digest: str
+    reward_version: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is, at the boundary after `completed_step`, beside what lies in tensors."""
+
+    run_id: str
+    incarnation: int
+    pins: Pins
+    completed_step: int = 0
+    version: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    evaluated_step: int | None = None
+    best_reward: float | None = None
+    best_step: int | None = None
+    log_offsets: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As written to trainer_state.json."""
+        return {"format": _FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> RunState:
+        """Read what `to_json` made; raises CheckpointError for another format."""
+        if stored.pop("format", None) != _FORMAT:
+            raise CheckpointError("the checkpoint was written by another version of the trainer")
+        return cls(**{**stored, "pins": Pins(**stored["pins"]), "cursor": Cursor(**stored["cursor"])})
+
+
+class CheckpointStore:
+    """The checkpoints of one run, named by their step; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """`folder` is made by the first save."""
+        self._folder = folder
+        self._keep = keep
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None; only whole ones ever have their name."""
+        found = self._all() if self._folder.exists() else []
+        return found[-1] if found else None
+
+    def save(self, state: RunState, *, model: Saveable, tokenizer: Saveable, learner_state: Mapping[str, Any]) -> Path:
+        """Write one, durably, then give it its name and remove the oldest beyond `keep`.
+
+        One that is there already for this step is kept: the step's outcome is the same however often it is run.
+        """
+        final = self._folder / f"step-{state.completed_step:06d}"
+        if final.exists():
+            return final
+        with _durable_folder(final) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            torch.save({"learner": dict(learner_state), "random": _random_states()}, partial / _LEARNER_FILE)
+            (partial / _STATE_FILE).write_text(json.dumps(state.to_json(), indent=2), encoding="utf-8")
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def _all(self) -> list[Path]:
+        named = [(match, path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
+
+
+def save_model(folder: Path, *, model: Saveable, tokenizer: Saveable) -> None:
+    """Write the finished run's model to `folder`, replacing what an earlier finish left there."""
+    with _durable_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def load_state(checkpoint: Path) -> RunState:
+    """Where the run was; raises CheckpointError when the file is of another format."""
+    return RunState.from_json(json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+
+
+def load_learner_state(checkpoint: Path) -> dict[str, Any]:
+    """What the learner's `load_state_dict` takes; puts every process-wide random generator back as a side effect."""
+    stored = torch.load(checkpoint / _LEARNER_FILE, map_location="cpu", weights_only=True)
+    _restore_random_states(stored["random"])
+    learner: dict[str, Any] = stored["learner"]
+    return learner
+
+
+def realign_parameters(model: torch.nn.Module) -> None:
+    """Copy every parameter and buffer to fresh memory (64-byte aligned on CPU), tied ones staying tied.
+
+    safetensors maps files, where tensors begin anywhere; matrix products take another path on unaligned memory and
+    differ in the last bits, so a resumed run would drift from one that was never interrupted.
+    """
+    copies: dict[int, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def _random_states() -> dict[str, Any]:
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    random.setstate(states["python"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+@contextlib.contextmanager
+def _durable_folder(final: Path) -> Iterator[Path]:
+    """A new folder to fill, which gets the name `final` once everything in it is on disk; an older `final` goes."""
+    partial = final.with_name(f".partial-{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for interrupted in final.parent.glob(".partial-*"):
+        shutil.rmtree(interrupted)
+    partial.mkdir()
+    yield partial
+    _sync_tree(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_folder(final.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            sync_folder(path)
+    sync_folder(folder)

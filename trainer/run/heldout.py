@@ -1,0 +1,88 @@
+"""Held-out evaluation: the same prompts and seeds every time, at the training temperature."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.clients.rewards import Scored
+from trainer.learning.forward import collate, response_distribution
+from trainer.ppo.logprobs import token_logprobs
+from trainer.run.rollouts import Rollout
+
+
+@dataclass(frozen=True)
+class HeldOutResult:
+    """Means over the judged completions; None where nothing was judged (or, for `kl_mean`, no token was sampled)."""
+
+    reward_mean: float | None
+    reward_std: float | None
+    kl_mean: float | None
+    """Mean over completions of the sum over tokens of policy − reference log-probabilities, in nats."""
+    distinct_fraction: float
+    length_mean: float
+    judged: int
+    prompts: int
+
+
+def summarize(rollouts: Sequence[Rollout], reference_logprobs: Sequence[Sequence[float] | None]) -> HeldOutResult:
+    """Numbers of one evaluation; rows as in `rollouts`, a reference row is None for a completion without tokens."""
+    rewards = [rollout.outcome.reward for rollout in rollouts if isinstance(rollout.outcome, Scored)]
+    kls = [
+        sum(rollout.generation.logprobs) - sum(reference)
+        for rollout, reference in zip(rollouts, reference_logprobs, strict=True)
+        if reference is not None
+    ]
+    return HeldOutResult(
+        reward_mean=statistics.fmean(rewards) if rewards else None,
+        reward_std=statistics.pstdev(rewards) if rewards else None,
+        kl_mean=statistics.fmean(kls) if kls else None,
+        distinct_fraction=len({rollout.generation.token_ids for rollout in rollouts}) / len(rollouts),
+        length_mean=statistics.fmean(len(rollout.generation.token_ids) for rollout in rollouts),
+        judged=len(rewards),
+        prompts=len(rollouts),
+    )
+
+
+@torch.no_grad()
+def logprobs_of(
+    reference: nn.Module, rollouts: Sequence[Rollout], *, temperature: float, pad_id: int, rows_at_once: int
+) -> list[list[float] | None]:
+    """A local reference's log-probabilities of each completion's tokens; None for a completion without tokens."""
+    device = next(reference.parameters()).device
+    result: list[list[float] | None] = [None] * len(rollouts)
+    sampled = [index for index, rollout in enumerate(rollouts) if rollout.generation.token_ids]
+    for start in range(0, len(sampled), rows_at_once):
+        chosen = sampled[start : start + rows_at_once]
+        responses = [torch.tensor(rollouts[index].generation.token_ids) for index in chosen]
+        rows = collate(
+            [torch.tensor(rollouts[index].prompt.token_ids) for index in chosen],
+            responses,
+            pad_id=pad_id,
+            device=device,
+        )
+        packed = token_logprobs(response_distribution(reference, rows, temperature), rows.tokens)
+        for index, values in zip(chosen, torch.split(packed, [len(response) for response in responses]), strict=True):
+            result[index] = values.tolist()
+    return result
+
+
+def sample_line(kind: str, step: int, rollout: Rollout) -> dict[str, Any]:
+    """What samples.jsonl keeps of one rollout; `reward` is None when it was not judged."""
+    outcome = rollout.outcome
+    return {
+        "kind": kind,
+        "step": step,
+        "row": rollout.row,
+        "prompt": rollout.prompt.text,
+        "completion": rollout.generation.text,
+        "reward": outcome.reward if isinstance(outcome, Scored) else None,
+        "components": dict(outcome.components) if isinstance(outcome, Scored) else {},
+        "tokens": len(rollout.generation.token_ids),
+        "finish_reason": rollout.generation.finish_reason.value,
+    }

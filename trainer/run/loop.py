@@ -1,0 +1,327 @@
+"""The run: draw prompts → roll out → learn → publish, with evaluations and checkpoints at step boundaries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf.logs import bound_context, get_logger
+from trainer.clients.publisher import WeightPublisher
+from trainer.clients.rewards import Scored
+from trainer.learning.batch import RolloutBatch
+from trainer.learning.learner import PPOLearner
+from trainer.metrics import TrainerMetrics
+from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.run.checkpoints import CheckpointStore, RunState, save_model
+from trainer.run.heldout import logprobs_of, sample_line, summarize
+from trainer.run.progress import Progress
+from trainer.run.prompts import Draw, Prompt, PromptSource
+from trainer.run.records import RunRecords, accounting_lines, scalars
+from trainer.run.rollouts import Rollout, RolloutCollector
+from trainer.run.seeds import derive_seed
+from trainer.run.stopping import StopSignal
+from trainer.run.tracking import Tracker
+from trainer.versions import WeightsVersion
+
+_log = get_logger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done when."""
+
+    steps: int
+    batch_size: int
+    eval_every: int
+    save_every: int
+    sample_lines: int
+    seed: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives; each is ready to use."""
+
+    model: AutoModelForCausalLMWithValueHead
+    tokenizer: Any
+    learner: PPOLearner
+    local_reference: torch.nn.Module | None
+    prompts: PromptSource
+    held_out: Sequence[Prompt]
+    publisher: WeightPublisher
+    collector: RolloutCollector
+    checkpoints: CheckpointStore
+    records: RunRecords
+    trackers: Sequence[Tracker]
+    metrics: TrainerMetrics
+    progress: Progress
+
+
+class TrainingLoop:
+    """Runs the plan from `state` on. `state` always describes a step boundary, whatever interrupts the run."""
+
+    def __init__(self, plan: Plan, parts: Parts, state: RunState, stop: StopSignal) -> None:
+        self.state = state
+        self._plan = plan
+        self._parts = parts
+        self._stop = stop
+        self._learning = False
+        self._seconds: dict[str, float] = {}
+        # One thread makes every torch call, so that signals, displays and retries stay alive meanwhile.
+        self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether model and learner are what `state` says: not while, or after, a learner's step that was cut short."""
+        return not self._learning
+
+    async def run(self) -> None:
+        """Until the last step's checkpoint is written. Raises Stopped at a step boundary."""
+        self._parts.metrics.steps_planned.set(self._plan.steps)
+        self._parts.metrics.incarnation.set(self.state.incarnation)
+        self._parts.metrics.step.set(self.state.completed_step)
+        self._parts.progress.resumed_at(self.state.completed_step)
+        with self._phase("publish"):
+            await self._stop.interruptible(self._publish())
+        while True:
+            if self._evaluation_is_due():
+                with self._phase("evaluate"):
+                    await self._evaluate()
+            finished = self.state.completed_step >= self._plan.steps
+            if finished or (self.state.completed_step and self.state.completed_step % self._plan.save_every == 0):
+                await self.save()
+            if finished:
+                return
+            with bound_context(step=self.state.completed_step + 1):
+                await self._train_one_step()
+
+    async def save(self) -> None:
+        """Write a checkpoint of the boundary that the run is at."""
+        with self._phase("checkpoint"):
+            self.state = replace(self.state, log_offsets=self._parts.records.sync())
+            await self._in_model_thread(self._write_checkpoint)
+        self._parts.metrics.checkpoints.inc()
+
+    async def export(self, folder: Path) -> None:
+        """Write the model and its tokenizer to `folder`, as transformers loads them."""
+        with self._phase("export"):
+            await self._in_model_thread(
+                lambda: save_model(folder, model=self._parts.model, tokenizer=self._parts.tokenizer)
+            )
+
+    async def _train_one_step(self) -> None:
+        started = time.monotonic()
+        self._seconds.clear()
+        step = self.state.completed_step + 1
+        draws, cursor = self._parts.prompts.draw(self.state.cursor, self._plan.batch_size)
+        with self._phase("rollout"):
+            rollouts = await self._stop.interruptible(self._roll_out(step, draws))
+        trained = [rollout for rollout in rollouts if isinstance(rollout.outcome, Scored)]
+        numbers: dict[str, float | None] = {}
+        if trained:
+            with self._phase("learn"):
+                batch = _batch(trained)
+                self._learning = True
+                numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
+                self._learning = False
+        self.state = replace(
+            self.state,
+            completed_step=step,
+            version=self.state.version + bool(trained),
+            cursor=cursor,
+        )
+        try:
+            # Nothing changed without a sample, so there is nothing to publish.
+            if trained:
+                with self._phase("publish"):
+                    await self._stop.interruptible(self._publish())
+        finally:
+            # The step is made, whatever became of its publish.
+            self._report_step(step, draws, rollouts, numbers, seconds=time.monotonic() - started)
+
+    async def _roll_out(self, step: int, draws: Sequence[Draw]) -> list[Rollout]:
+        prompts = [draw.prompt for draw in draws if draw.dropped is None]
+        return await self._parts.collector.collect(
+            prompts,
+            name=str(step),
+            step=step,
+            seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
+            weights=self._weights(),
+            on_generated=self._parts.progress.count,
+        )
+
+    async def _publish(self) -> None:
+        await self._parts.publisher.publish(self._parts.learner.policy_parameters(), self._weights())
+        self._parts.metrics.publishes.inc()
+        self._parts.metrics.weights_version.set(self.state.version)
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.completed_step, self._plan.eval_every
+        if not self._parts.held_out or self.state.evaluated_step == step:
+            return False
+        return step in (0, self._plan.steps) or (every > 0 and step % every == 0)
+
+    async def _evaluate(self) -> None:
+        step = self.state.completed_step
+        started = time.monotonic()
+        rollouts = await self._stop.interruptible(
+            self._parts.collector.collect(
+                self._parts.held_out,
+                name=f"evaluation-{step}",
+                step=step,
+                seeds=[derive_seed(self._plan.seed, "evaluation", row) for row in range(len(self._parts.held_out))],
+                weights=self._weights(),
+                on_generated=self._parts.progress.count,
+            )
+        )
+        result = summarize(rollouts, await self._reference_logprobs(rollouts))
+        best = self.state.best_reward
+        if result.reward_mean is not None and (best is None or result.reward_mean > best):
+            self.state = replace(self.state, best_reward=result.reward_mean, best_step=step)
+        numbers = asdict(result)
+        self._parts.records.metrics.write(
+            {"kind": "evaluation", "step": step, **numbers, "seconds": time.monotonic() - started}
+        )
+        for rollout in rollouts:
+            self._parts.records.samples.write(sample_line("evaluation", step, rollout))
+        self.state = replace(self.state, evaluated_step=step)
+        prefixed = {f"evaluation/{name}": value for name, value in numbers.items()}
+        self._parts.metrics.set_statistics(prefixed)
+        self._track(step, prefixed)
+        self._parts.progress.evaluated(
+            step, {name: numbers[name] for name in ("reward_mean", "kl_mean", "length_mean")}
+        )
+
+    async def _reference_logprobs(self, rollouts: Sequence[Rollout]) -> Sequence[Sequence[float] | None]:
+        reference = self._parts.local_reference
+        if reference is None:
+            return [rollout.reference_logprobs for rollout in rollouts]
+        return await self._in_model_thread(
+            lambda: logprobs_of(
+                reference,
+                rollouts,
+                temperature=self._plan.temperature,
+                pad_id=0,
+                rows_at_once=self._parts.learner.config.samples_per_mini_batch,
+            )
+        )
+
+    def _report_step(
+        self,
+        step: int,
+        draws: Sequence[Draw],
+        rollouts: Sequence[Rollout],
+        numbers: dict[str, float | None],
+        *,
+        seconds: float,
+    ) -> None:
+        parts = self._parts
+        lines = accounting_lines(step, draws, rollouts)
+        for line in lines:
+            parts.records.accounting.write(line)
+        dropped = Counter(line["reason"] for line in lines if line["outcome"] == "dropped")
+        for reason, count in dropped.items():
+            parts.metrics.samples_dropped.labels(reason=reason).inc(count)
+        tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
+        numbers = {**numbers, **_rollout_statistics(rollouts)}
+        parts.metrics.set_statistics(numbers)
+        numbers |= {
+            "samples/trained": len(lines) - dropped.total(),
+            "samples/dropped": dropped.total(),
+            **{f"samples/dropped_{reason}": count for reason, count in dropped.items()},
+            **{f"time/{phase}": duration for phase, duration in self._seconds.items()},
+            "time/step": seconds,
+            "throughput/tokens_per_second": tokens / seconds,
+        }
+        version = self.state.version
+        parts.records.metrics.write({"kind": "step", "step": step, "weights_version": version, **numbers})
+        for rollout in rollouts[: self._plan.sample_lines]:
+            parts.records.samples.write(sample_line("step", step, rollout))
+        parts.metrics.step.set(step)
+        parts.metrics.steps_completed.inc()
+        parts.metrics.generated_tokens.inc(tokens)
+        parts.metrics.tokens_per_second.set(tokens / seconds)
+        parts.metrics.samples_trained.inc(len(lines) - dropped.total())
+        self._track(step, numbers)
+        parts.progress.step_done(step, numbers)
+
+    def _track(self, step: int, numbers: dict[str, float | None]) -> None:
+        defined = {name: value for name, value in numbers.items() if value is not None}
+        for tracker in self._parts.trackers:
+            tracker.log(step, defined)
+
+    def _write_checkpoint(self) -> None:
+        self._parts.checkpoints.save(
+            self.state,
+            model=self._parts.model,
+            tokenizer=self._parts.tokenizer,
+            learner_state=self._parts.learner.state_dict(),
+        )
+
+    def _weights(self) -> WeightsVersion:
+        return WeightsVersion(self.state.run_id, self.state.incarnation, self.state.version)
+
+    async def _in_model_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        with self._parts.progress.phase(name):
+            try:
+                yield
+            finally:
+                seconds = time.monotonic() - started
+                self._seconds[name] = seconds
+                self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds)
+
+
+def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
+    """What the learner trains on; every rollout is Scored."""
+    scored = [rollout.outcome for rollout in rollouts if isinstance(rollout.outcome, Scored)]
+    lengths = [len(rollout.generation.token_ids) for rollout in rollouts]
+    has_token_rewards = any(outcome.token_rewards for outcome in scored)
+    references = [rollout.reference_logprobs for rollout in rollouts if rollout.reference_logprobs is not None]
+    return RolloutBatch(
+        queries=[torch.tensor(rollout.prompt.token_ids, dtype=torch.int64) for rollout in rollouts],
+        responses=[torch.tensor(rollout.generation.token_ids, dtype=torch.int64) for rollout in rollouts],
+        scores=torch.tensor([outcome.reward for outcome in scored], dtype=torch.float32),
+        token_rewards=[
+            torch.tensor(outcome.token_rewards or (0.0,) * length, dtype=torch.float32)
+            for outcome, length in zip(scored, lengths, strict=True)
+        ]
+        if has_token_rewards
+        else None,
+        reference_logprobs=[torch.tensor(row, dtype=torch.float32) for row in references] if references else None,
+        rollout_logprobs=[torch.tensor(rollout.generation.logprobs, dtype=torch.float32) for rollout in rollouts],
+    )
+
+
+def _rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
+    """What is told of a step's rollouts beside the learner's statistics; all samples, trained or dropped."""
+    scored = [rollout.outcome for rollout in rollouts if isinstance(rollout.outcome, Scored)]
+    components = sorted({name for outcome in scored for name in outcome.components})
+    return {
+        "reward_mean": statistics.fmean(outcome.reward for outcome in scored) if scored else None,
+        "rollout/length_mean": statistics.fmean(len(rollout.generation.token_ids) for rollout in rollouts),
+        "rollout/distinct_fraction": len({rollout.generation.token_ids for rollout in rollouts}) / len(rollouts),
+        **{
+            f"reward/{name}": statistics.fmean(
+                outcome.components[name] for outcome in scored if name in outcome.components
+            )
+            for name in components
+        },
+    }

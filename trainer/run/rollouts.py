@@ -1,0 +1,182 @@
+"""Rollouts: completions from the policy server, and beside them rewards and reference log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rlhf.channel import call_metadata
+from trainer.clients.policy import REFERENCE, BrokenServerError, FinishReason, Generation, PolicyClient
+from trainer.clients.rewards import Outcome, RewardClient, RewardSample
+from trainer.run.prompts import Prompt
+from trainer.run.seeds import content_hash
+from trainer.versions import WeightsVersion
+
+# Rows whose reference log-probabilities are asked for in one call. The grouping is by row, never by who finished
+# first: a request's rows may share a padded batch, whose shape changes the last bits.
+_REFERENCE_ROWS = 16
+_ABORTED_ATTEMPTS = 10
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt, its completion, the reward's answer and the reference's log-probabilities of the completion.
+
+    `outcome` is None for a completion without tokens, which nobody is asked to judge; `reference_logprobs` is None
+    then, and when the server's reference isn't used.
+    """
+
+    row: int
+    prompt: Prompt
+    generation: Generation
+    sample_id: str
+    outcome: Outcome | None
+    reference_logprobs: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Only temperature may shape the distribution that PPO trains."""
+
+    temperature: float
+    max_new_tokens: int
+
+
+class RolloutCollector:
+    """Sends prompts to the policy server and completions, as they finish, to the reward server and the reference."""
+
+    def __init__(
+        self,
+        policy: PolicyClient,
+        rewards: RewardClient,
+        *,
+        run_id: str,
+        sampling: Sampling,
+        concurrency: int,
+        served_reference: bool,
+    ) -> None:
+        """`concurrency` bounds the Generate calls in flight; `served_reference`: ask the server's frozen reference."""
+        self._policy = policy
+        self._rewards = rewards
+        self._run_id = run_id
+        self._sampling = sampling
+        self._slots = asyncio.Semaphore(concurrency)
+        self._served_reference = served_reference
+
+    async def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        name: str,
+        step: int,
+        seeds: Sequence[int],
+        weights: WeightsVersion,
+        on_generated: Callable[[int, int], None],
+    ) -> list[Rollout]:
+        """One rollout per prompt, in order, every token sampled under `weights` with the row's seed.
+
+        `name` makes sample ids unique within the run (a step's number, say); `step` is for the servers' log lines.
+        `on_generated(done, of)` is called as completions arrive. The first error that is not waited out cancels the
+        rest and is raised as it is.
+        """
+        await self._rewards.check_pinned()
+        done = 0
+
+        async def generate(row: int) -> Generation:
+            nonlocal done
+            generation = await self._generate(prompts[row], seeds[row], weights, step=step, row=row)
+            done += 1
+            on_generated(done, len(prompts))
+            return generation
+
+        async def judge(row: int) -> tuple[str, Outcome | None]:
+            generation = await generations[row]
+            sample = self._sample(name, row, prompts[row], generation)
+            return sample.sample_id, await self._rewards.score(sample) if generation.token_ids else None
+
+        async def refer(rows: range) -> list[tuple[float, ...] | None]:
+            finished = [await generations[row] for row in rows]
+            return await self._refer([prompts[row] for row in rows], finished, step=step)
+
+        groups = [
+            range(first, min(first + _REFERENCE_ROWS, len(prompts)))
+            for first in range(0, len(prompts) if self._served_reference else 0, _REFERENCE_ROWS)
+        ]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                generations = [tasks.create_task(generate(row)) for row in range(len(prompts))]
+                judgements = [tasks.create_task(judge(row)) for row in range(len(prompts))]
+                references = [tasks.create_task(refer(rows)) for rows in groups]
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from None
+        finally:
+            await self._rewards.abandon()
+        logprobs = [row for group in references for row in group.result()] or [None] * len(prompts)
+        return [
+            Rollout(row, prompts[row], generations[row].result(), *judgements[row].result(), logprobs[row])
+            for row in range(len(prompts))
+        ]
+
+    async def _generate(self, prompt: Prompt, seed: int, weights: WeightsVersion, *, step: int, row: int) -> Generation:
+        async with self._slots:
+            for _ in range(_ABORTED_ATTEMPTS):
+                (generation,) = await self._policy.generate(
+                    prompt.token_ids,
+                    seed=seed,
+                    temperature=self._sampling.temperature,
+                    max_new_tokens=self._sampling.max_new_tokens,
+                    weights=weights,
+                    metadata=call_metadata(run_id=self._run_id, step=step, request_id=f"{step}-{row}"),
+                )
+                # Ended early by the server; the same seed under the same weights gives the whole completion.
+                if generation.finish_reason is not FinishReason.ABORTED:
+                    break
+            else:
+                raise BrokenServerError(
+                    f"policy server {self._policy.target} aborted the completion of row {row} {_ABORTED_ATTEMPTS} times"
+                )
+        if generation.token_ids and generation.oldest_weights != weights:
+            raise BrokenServerError(
+                f"policy server {self._policy.target} was asked for {weights} and sampled row {row} with "
+                f"{generation.oldest_weights}"
+            )
+        return generation
+
+    async def _refer(
+        self, prompts: Sequence[Prompt], generations: Sequence[Generation], *, step: int
+    ) -> list[tuple[float, ...] | None]:
+        sequences = [
+            (prompt.token_ids, generation.token_ids)
+            for prompt, generation in zip(prompts, generations, strict=True)
+            if generation.token_ids
+        ]
+        if not sequences:
+            return [None] * len(prompts)
+        answers = iter(
+            await self._policy.log_probs(
+                REFERENCE,
+                sequences,
+                temperature=self._sampling.temperature,
+                metadata=call_metadata(run_id=self._run_id, step=step, request_id=f"{step}-reference"),
+            )
+        )
+        return [tuple(next(answers)) if generation.token_ids else None for generation in generations]
+
+    def _sample(self, name: str, row: int, prompt: Prompt, generation: Generation) -> RewardSample:
+        turns = prompt.messages
+        return RewardSample(
+            sample_id=f"{self._run_id}/{name}/{row}/{content_hash(prompt.token_ids, generation.token_ids)}",
+            prompt=prompt.text,
+            completion=generation.text,
+            completion_ids=generation.token_ids,
+            finish_reason=generation.finish_reason,
+            metadata=prompt.record.metadata,
+            json_keys=prompt.record.json_keys,
+            messages=[*turns, {"role": "assistant", "content": generation.text}] if turns is not None else (),
+        )
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = errors.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
