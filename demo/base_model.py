@@ -36,10 +36,10 @@ class Recipe:
 
     vocabulary: int = 2048
     layers: int = 4
-    width: int = 192
-    heads: int = 6
+    width: int = 128
+    heads: int = 4
     context: int = 128
-    epochs: int = 6
+    epochs: int = 5
     batch_tokens: int = 1024
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
