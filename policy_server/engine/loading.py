@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 import torch.utils.deterministic as deterministic
-from rlhf.fingerprints import weights_digest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from policy_server.engine.weights import rehouse
+from rlhf.fingerprints import weights_digest
 
 
 @dataclass(frozen=True)

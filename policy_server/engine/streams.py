@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from rlhf.failures import RpcFailure
-
 from policy_server.engine.protocol import TokenDelta
+from rlhf.failures import RpcFailure
 
 StreamItems = asyncio.Queue[TokenDelta | RpcFailure | None]
 

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rlhf.logs import get_logger
-
 from reward_server.kinds import Description, Sample
 from reward_server.kinds.loading import RESERVED_PARAMETERS, LoadedFunction
 from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, RetryLater, Reward, Scored
 from reward_server.workers import WorkerThreads
+from rlhf.logs import get_logger
 
 _log = get_logger(__name__)
 
