@@ -146,6 +146,7 @@ class UpdateBook:
         """The update is over: only its fate is kept."""
         update.state = state
         update.staging = None
+        update.swap = None
         update.streams.clear()
         if self._current is update:
             self._current = None

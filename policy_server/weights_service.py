@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import traceback
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -105,6 +106,8 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
             self._updates.leave(update, stream)
         if update.swap is not None:
             await self._follow(update, update.swap)
+        elif update.state is UpdateState.FAILED:
+            raise unavailable("this update failed while a part that it had was sent again: send all of it again")
         return weights_pb2.UpdateWeightsResponse(state=_STATES[update.state], live=wire_version(self._live()))
 
     async def _begin(self, messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> Opening:
@@ -212,22 +215,26 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         update.swap.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     async def _swap(self, update: Update) -> None:
-        opening, staging = update.opening, update.staging
-        assert staging is not None
         try:
-            if opening.folder is not None and self._weights_root is not None:
-                await asyncio.to_thread(fill_from_directory, staging, self._weights_root, opening.folder)
-            else:
-                staging.require_complete()
-            require_equal_ties(self._engine.parameters(), staging.tensors)
-            await self._engine.load_weights(
-                staging.tensors, opening.version, if_current=opening.if_current, in_flight=opening.in_flight
-            )
+            await self._load(update)
         except BaseException as error:
+            _release_locals(error)
             self._updates.end(update, UpdateState.FAILED)
-            _log.warning("weights refused", update_id=opening.update_id, why=str(error) or type(error).__name__)
+            _log.warning("weights refused", update_id=update.opening.update_id, why=str(error) or type(error).__name__)
             raise
         self._applied(update)
+
+    async def _load(self, update: Update) -> None:
+        opening, staging = update.opening, update.staging
+        assert staging is not None
+        if opening.folder is not None and self._weights_root is not None:
+            await asyncio.to_thread(fill_from_directory, staging, self._weights_root, opening.folder)
+        else:
+            staging.require_complete()
+        require_equal_ties(self._engine.parameters(), staging.tensors)
+        await self._engine.load_weights(
+            staging.tensors, opening.version, if_current=opening.if_current, in_flight=opening.in_flight
+        )
 
     async def _follow(self, update: Update, swap: asyncio.Task[None]) -> None:
         """Wait for the swap; a caller that goes away takes it along as long as nothing has been swapped."""
@@ -269,6 +276,13 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
 def _require_current(stream: PartStream) -> None:
     if stream.replaced:
         raise aborted("UPDATE_IN_PROGRESS", f"another stream sends part {stream.part} of this update now")
+
+
+def _release_locals(error: BaseException | None) -> None:
+    """Let go of the staged tensors, which the frames of a traceback hold for as long as its error is around."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 async def _read_out(messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> None:

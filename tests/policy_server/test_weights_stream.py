@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from policy_server import metrics
+from policy_server.staging import Staging
 from rlhf.policy.v1 import policy_pb2
 from rlhf.weights.v1 import weights_pb2
 from tests.policy_server.harness import (
@@ -226,6 +228,23 @@ async def test_an_update_that_failed_may_be_sent_again(served: Served, other_mod
     assert await state(served, "run-a/1/1") == weights_pb2.UPDATE_STATE_FAILED
 
     assert (await publish(served, stream)).state == APPLIED
+
+
+async def test_failed_updates_leave_no_staged_copy_in_memory(served: Served, other_model: Path) -> None:
+    tensors = weights_of(other_model)
+
+    async def nothing_is_staged() -> bool:
+        return not any(type(each) is Staging for each in gc.get_objects())
+
+    gc.collect()
+    await until(nothing_is_staged)
+    for number in range(1, 4):
+        stream = update(tensors, version(number))
+        stream.chunks.pop()
+        with refused(INVALID, "chunk"):
+            await publish(served, stream)
+
+    await until(nothing_is_staged, within=5.0)
 
 
 # Cut streams
