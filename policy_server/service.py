@@ -138,7 +138,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         return policy_pb2.GetModelResponse(
             model=known.model,
             weights=wire_version(known.weights),
-            weights_digest="" if known.weights.run_id else known.weights_digest,
+            weights_digest=known.weights_digest,
             serving_dtype=known.serving_dtype,
             tokenizer_digest=self._announcement.tokenizer_digest,
             vocab_size=known.vocab_size,

@@ -61,6 +61,7 @@ async def test_a_published_model_generates_as_if_it_had_been_loaded(
     served: Served, tiny_model: Path, other_model: Path
 ) -> None:
     before = await greedy(served)
+    digest = (await served.policy.GetModel(policy_pb2.GetModelRequest())).weights_digest
 
     answer = await publish(served, update(weights_of(other_model), version(1)))
 
@@ -69,10 +70,10 @@ async def test_a_published_model_generates_as_if_it_had_been_loaded(
     assert answer.state == APPLIED
     assert answer.live == version(1)
     assert await state(served, "run-a/1/1") == APPLIED
-    assert (await served.policy.GetModel(policy_pb2.GetModelRequest())).weights_digest == ""
+    assert (await served.policy.GetModel(policy_pb2.GetModelRequest())).weights_digest == digest != ""
     reference = await served.policy.GetModel(policy_pb2.GetModelRequest(model="reference"))
     assert reference.weights == policy_pb2.WeightsVersion()
-    assert reference.weights_digest
+    assert reference.weights_digest == digest
 
 
 async def test_parts_come_in_concurrent_streams_and_swap_with_the_last(served: Served, other_model: Path) -> None:
