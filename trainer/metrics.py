@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from rlhf.logs import get_logger
+
+_log = get_logger(__name__)
+
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
+# Reward servers choose these names; each is a time series for as long as the process lives.
+_MOST_COMPONENTS = 100
 
 
 class TrainerMetrics:
@@ -15,7 +21,8 @@ class TrainerMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._registry = registry
-        self._statistics: dict[str, Gauge] = {}
+        self._statistics: dict[str, Gauge | None] = {}
+        self._components: set[str] = set()
         self.step = Gauge("rlhf_trainer_step", "Completed PPO steps of the run.", registry=registry)
         self.steps_planned = Gauge(
             "rlhf_trainer_steps_planned", "PPO steps after which the run ends.", registry=registry
@@ -50,6 +57,12 @@ class TrainerMetrics:
             "Completion tokens trained on in the last step over its seconds.",
             registry=registry,
         )
+        self.reward_component = Gauge(
+            "rlhf_trainer_reward_component",
+            "Last step's mean of each component that the reward server names.",
+            ["name"],
+            registry=registry,
+        )
         self.samples_trained = Counter("rlhf_trainer_samples_trained", "Samples trained on.", registry=registry)
         self.samples_dropped = Counter(
             "rlhf_trainer_samples_dropped", "Prompts not trained on, by reason.", ["reason"], registry=registry
@@ -60,9 +73,32 @@ class TrainerMetrics:
         self.checkpoints = Counter("rlhf_trainer_checkpoints", "Checkpoints written.", registry=registry)
 
     def set_statistics(self, statistics: Mapping[str, float | None]) -> None:
-        """One gauge per statistic: `objective/kl` becomes rlhf_trainer_objective_kl; None (undefined) becomes NaN."""
+        """One gauge per statistic: `objective/kl` becomes rlhf_trainer_objective_kl; None (undefined) becomes NaN.
+
+        A statistic whose name would be another metric's is left out with a warning.
+        """
         for name, value in statistics.items():
             if name not in self._statistics:
-                metric = "rlhf_trainer_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-                self._statistics[name] = Gauge(metric, f"Last step's {name}.", registry=self._registry)
-            self._statistics[name].set(float("nan") if value is None else value)
+                self._statistics[name] = self._statistic_gauge(name)
+            gauge = self._statistics[name]
+            if gauge is not None:
+                gauge.set(float("nan") if value is None else value)
+
+    def set_reward_components(self, components: Mapping[str, float]) -> None:
+        """The last step's mean of each component; those that are new once there are many are left out."""
+        for name, value in components.items():
+            if name not in self._components:
+                if len(self._components) == _MOST_COMPONENTS:
+                    continue
+                self._components.add(name)
+                if len(self._components) == _MOST_COMPONENTS:
+                    _log.warning("the metrics show no further reward components", shown=_MOST_COMPONENTS)
+            self.reward_component.labels(name=name).set(value)
+
+    def _statistic_gauge(self, name: str) -> Gauge | None:
+        metric = "rlhf_trainer_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+        try:
+            return Gauge(metric, f"Last step's {name}.", registry=self._registry)
+        except ValueError:
+            _log.warning("a statistic has the name of another metric and is not shown there", name=name, metric=metric)
+            return None

@@ -236,9 +236,12 @@ class TrainingLoop:
         for reason, count in dropped.items():
             parts.metrics.samples_dropped.labels(reason=reason).inc(count)
         tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
+        components = _reward_components(rollouts)
         numbers = {**numbers, **_rollout_statistics(rollouts)}
         parts.metrics.set_statistics(numbers)
+        parts.metrics.set_reward_components(components)
         numbers |= {
+            **{f"reward/{name}": value for name, value in components.items()},
             "samples/trained": len(lines) - dropped.total(),
             "samples/dropped": dropped.total(),
             **{f"samples/dropped_{reason}": count for reason, count in dropped.items()},
@@ -312,16 +315,19 @@ def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
 
 def _rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, float | None]:
     """What is told of a step's rollouts beside the learner's statistics; all samples, trained or dropped."""
-    scored = [rollout.outcome for rollout in rollouts if isinstance(rollout.outcome, Scored)]
-    components = sorted({name for outcome in scored for name in outcome.components})
+    rewards = [rollout.outcome.reward for rollout in rollouts if isinstance(rollout.outcome, Scored)]
     return {
-        "reward_mean": statistics.fmean(outcome.reward for outcome in scored) if scored else None,
+        "reward_mean": statistics.fmean(rewards) if rewards else None,
         "rollout/length_mean": statistics.fmean(len(rollout.generation.token_ids) for rollout in rollouts),
         "rollout/distinct_fraction": len({rollout.generation.token_ids for rollout in rollouts}) / len(rollouts),
-        **{
-            f"reward/{name}": statistics.fmean(
-                outcome.components[name] for outcome in scored if name in outcome.components
-            )
-            for name in components
-        },
     }
+
+
+def _reward_components(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each component over the samples that have it, by name."""
+    values: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        if isinstance(rollout.outcome, Scored):
+            for name, value in rollout.outcome.components.items():
+                values.setdefault(name, []).append(value)
+    return {name: statistics.fmean(values[name]) for name in sorted(values)}

@@ -99,6 +99,33 @@ def test_statistics_become_gauges_under_names_that_prometheus_takes(registry: Co
     assert undefined != undefined
 
 
+@pytest.mark.parametrize("taken", ["step", "waiting", "reward-mean"])
+def test_a_statistic_named_like_another_metric_stops_nothing(registry: CollectorRegistry, taken: str) -> None:
+    metrics = TrainerMetrics(registry)
+    metrics.step.set(7)
+
+    metrics.set_statistics({"reward_mean": 1.0, taken: 2.0})
+    metrics.set_statistics({"reward_mean": 3.0, taken: 4.0})
+
+    assert registry.get_sample_value("rlhf_trainer_reward_mean") == 3.0
+    assert registry.get_sample_value("rlhf_trainer_step") == 7.0
+
+
+def test_reward_components_of_any_name_are_one_metric_of_bounded_size(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+
+    metrics.set_statistics({"reward_mean": 1.0})
+    metrics.set_reward_components({"mean": 2.0, "a.b": 3.0, "a_b": 4.0})
+    metrics.set_reward_components({f"component {number}": 5.0 for number in range(1000)})
+    metrics.set_reward_components({"mean": 6.0})
+
+    def component(name: str) -> float | None:
+        return registry.get_sample_value("rlhf_trainer_reward_component", {"name": name})
+
+    assert [component(name) for name in ("mean", "a.b", "a_b", "component 0")] == [6.0, 3.0, 4.0, 5.0]
+    assert component("component 999") is None
+
+
 def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
     from pathlib import Path
 
