@@ -145,7 +145,7 @@ class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
         self.live = live or policy_pb2.WeightsVersion()
         self.tensors: dict[str, bytes] = {}
         self.updates: list[weights_pb2.Begin] = []
-        self.fail_after_begin: list[grpc.StatusCode] = []
+        self.fail_after_begin: list[grpc.StatusCode | RpcFailure] = []
         self.lose_answer: list[grpc.StatusCode] = []
         self._states: dict[str, int] = {}
 
@@ -161,7 +161,11 @@ class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
                     begin = message.begin
                     self.updates.append(begin)
                     if self.fail_after_begin:
-                        await context.abort(self.fail_after_begin.pop(0), "cut as scripted")
+                        failure = self.fail_after_begin.pop(0)
+                        if isinstance(failure, RpcFailure):
+                            await context.abort(*to_status(failure))
+                        else:
+                            await context.abort(failure, "cut as scripted")
                 case "manifest":
                     specs.extend(message.manifest.tensors)
                 case "chunk":

@@ -24,6 +24,7 @@ WEIGHTS_SERVICE = "rlhf.weights.v1.WeightsService"
 # A manifest message may hold 1 MiB; a tensor's line is far below 1 KiB.
 _TENSORS_PER_MANIFEST = 512
 _CONFLICTS = 10
+_UNEXPLAINED = 10
 _MOVED_ON = frozenset({"STALE_VERSION", "CURRENT_MISMATCH", "OTHER_RUN"})
 
 
@@ -107,10 +108,10 @@ class WeightPublisher:
 
     async def _bring_live(self, published: _Published, *, may_take_over: bool) -> None:
         """Ask what is live, send what is missing, and ask again after every failure, since an answer may be lost."""
-        conflicts = 0
+        conflicts = unexplained = 0
 
         async def attempt() -> None:
-            nonlocal conflicts
+            nonlocal conflicts, unexplained
             while True:
                 state = await self._get_weights(published)
                 if await self._is_live(published, state, may_take_over=may_take_over):
@@ -123,6 +124,9 @@ class WeightPublisher:
                     return
                 except RpcFailure as failure:
                     if failure.reason in ("UPDATE_IN_PROGRESS", "DATA_LOSS"):
+                        raise unavailable(failure.message) from failure
+                    if _is_cut_short(failure) and unexplained < _UNEXPLAINED:
+                        unexplained += 1
                         raise unavailable(failure.message) from failure
                     if failure.reason not in _MOVED_ON or conflicts == _CONFLICTS:
                         raise
@@ -199,6 +203,14 @@ class WeightPublisher:
     def _answered(self) -> None:
         if self._on_answer is not None:
             self._on_answer()
+
+
+def _is_cut_short(failure: RpcFailure) -> bool:
+    """Whether gRPC made up this status for a server that answered while we were still sending.
+
+    Its answer, which may be a passing one, is lost then. A server that means INTERNAL names the reason.
+    """
+    return failure.code is grpc.StatusCode.INTERNAL and not failure.reason
 
 
 async def _messages(

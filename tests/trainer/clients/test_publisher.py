@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf.channel import RetryPolicy
+from rlhf.failures import RpcFailure, internal
 from rlhf.policy.v1 import policy_pb2
 from tests.trainer.servers import MemoryWeights, serving
 from trainer.clients.publisher import PublishError, WeightPublisher
@@ -66,6 +67,39 @@ async def test_a_cut_stream_is_sent_again_until_it_is_live() -> None:
 
     assert len(server.updates) == 3
     assert len({begin.update_id for begin in server.updates}) == 1
+
+
+async def test_an_answer_that_the_stream_ran_over_is_asked_for_again() -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [grpc.StatusCode.INTERNAL] * 3
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 4
+    assert WeightsVersion.from_proto(server.live) == version(1)
+
+
+async def test_a_server_that_never_gets_further_than_internal_stops_the_run() -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [grpc.StatusCode.INTERNAL] * 100
+
+    async with publisher_to(server) as publisher:
+        with pytest.raises(RpcFailure, match="cut as scripted"):
+            await publisher.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 11
+
+
+async def test_an_internal_error_that_the_server_explains_is_final() -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [internal("a fault")]
+
+    async with publisher_to(server) as publisher:
+        with pytest.raises(RpcFailure, match="a fault"):
+            await publisher.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 1
 
 
 async def test_a_lost_answer_is_resolved_by_asking_and_not_by_sending_again() -> None:
