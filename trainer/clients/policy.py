@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 
-from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel, wait_until_ready
+from rlhf.channel import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    RetryPolicy,
+    Waiting,
+    call_metadata,
+    call_with_retry,
+    open_channel,
+    wait_until_ready,
+)
 from rlhf.failures import from_rpc_error
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from trainer.versions import WeightsVersion
@@ -26,6 +34,9 @@ REFERENCE = "reference"
 # Reasons that the publisher can mend, or explain: another trainer's weights are live.
 _OTHER_WEIGHTS = frozenset({"WEIGHTS_BEHIND", "WEIGHTS_AHEAD", "OTHER_RUN"})
 _RECOVERIES_PER_ATTEMPT = 3
+# The most that a token takes in a LogProbs call, as an id of 5 bytes, and a row beside its tokens.
+_TOKEN_BYTES = 5
+_ROW_BYTES = 32
 
 
 class BrokenServerError(RuntimeError):
@@ -66,7 +77,26 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     max_context_tokens: int
     max_message_bytes: int
+    max_log_probs_tokens: int
     processed_logprobs: bool
+
+    def log_probs_groups(self, lengths: Sequence[int], *, rows: int) -> Iterator[range]:
+        """Cut sequences of at most `lengths` tokens, in order, into LogProbs calls of at most `rows` within the limits.
+
+        One that is over a limit alone gets a call alone: the server may still take it, or says what is wrong.
+        """
+        most_tokens = self.max_log_probs_tokens or math.inf
+        most_bytes = min(self.max_message_bytes or math.inf, DEFAULT_MAX_MESSAGE_BYTES)
+        first = tokens = 0
+        for row, length in enumerate(lengths):
+            count = row - first
+            size = (tokens + length) * _TOKEN_BYTES + (count + 1) * _ROW_BYTES
+            if count and (count == rows or tokens + length > most_tokens or size > most_bytes):
+                yield range(first, row)
+                first, tokens = row, 0
+            tokens += length
+        if lengths:
+            yield range(first, len(lengths))
 
 
 class PolicyClient:
@@ -129,6 +159,7 @@ class PolicyClient:
             eos_token_ids=tuple(answer.eos_token_ids),
             max_context_tokens=answer.max_context_tokens,
             max_message_bytes=answer.max_message_bytes,
+            max_log_probs_tokens=answer.max_log_probs_tokens,
             processed_logprobs=policy_pb2.LOG_PROB_KIND_PROCESSED in answer.logprobs,
         )
 

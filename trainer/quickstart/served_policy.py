@@ -6,7 +6,7 @@ import asyncio
 import threading
 import uuid
 import weakref
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -168,15 +168,11 @@ class ServedPolicy:
 
     async def _log_probs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
         sequences = [(q.tolist(), r.tolist()) for q, r in zip(queries, responses, strict=True)]
+        lengths = [len(query) + len(response) for query, response in sequences]
         rows: list[list[float]] = []
-        for part in _parts(sequences, _SEQUENCES_PER_CALL):
-            rows.extend(await self._client.log_probs(REFERENCE, part))
+        for group in self.info.log_probs_groups(lengths, rows=_SEQUENCES_PER_CALL):
+            rows.extend(await self._client.log_probs(REFERENCE, sequences[group.start : group.stop]))
         return [torch.tensor(row, dtype=torch.float32) for row in rows]
-
-
-def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _close(

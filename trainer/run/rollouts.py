@@ -13,8 +13,7 @@ from trainer.run.prompts import Prompt
 from trainer.run.seeds import content_hash
 from trainer.versions import WeightsVersion
 
-# Rows whose reference log-probabilities are asked for in one call. The grouping is by row, never by who finished
-# first: a request's rows may share a padded batch, whose shape changes the last bits.
+# Most rows whose reference log-probabilities are asked for in one call.
 _REFERENCE_ROWS = 16
 _ABORTED_ATTEMPTS = 10
 
@@ -99,10 +98,7 @@ class RolloutCollector:
             finished = [await generations[row] for row in rows]
             return await self._refer([prompts[row] for row in rows], finished, step=step)
 
-        groups = [
-            range(first, min(first + _REFERENCE_ROWS, len(prompts)))
-            for first in range(0, len(prompts) if self._served_reference else 0, _REFERENCE_ROWS)
-        ]
+        groups = await self._reference_groups(prompts) if self._served_reference else []
         try:
             async with asyncio.TaskGroup() as tasks:
                 generations = [tasks.create_task(generate(row)) for row in range(len(prompts))]
@@ -117,6 +113,15 @@ class RolloutCollector:
             Rollout(row, prompts[row], generations[row].result(), *judgements[row].result(), logprobs[row])
             for row in range(len(prompts))
         ]
+
+    async def _reference_groups(self, prompts: Sequence[Prompt]) -> list[range]:
+        """The rows of each LogProbs call, by what they may come to hold and never by who finished first.
+
+        A request's rows may share a padded batch, whose shape changes the last bits.
+        """
+        served = await self._policy.get_model(REFERENCE)
+        longest = [len(prompt.token_ids) + self._sampling.max_new_tokens for prompt in prompts]
+        return list(served.log_probs_groups(longest, rows=_REFERENCE_ROWS))
 
     async def _generate(self, prompt: Prompt, seed: int, weights: WeightsVersion, *, step: int, row: int) -> Generation:
         async with self._slots:

@@ -7,12 +7,14 @@ import math
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf.channel import RetryPolicy
 from rlhf.failures import RpcFailure, invalid_argument, overloaded, unavailable, weights_behind
 from rlhf.policy.v1 import policy_pb2
 from tests.trainer.servers import ScriptedPolicy, completed, serving
-from trainer.clients.policy import BrokenServerError, FinishReason, Generation, PolicyClient
+from trainer.clients.policy import BrokenServerError, FinishReason, Generation, ModelInfo, PolicyClient
 from trainer.versions import WeightsVersion
 
 FAST = RetryPolicy(initial=0.001, maximum=0.01)
@@ -124,6 +126,40 @@ async def test_what_the_contract_forbids_is_named(alter: Callable[[policy_pb2.Co
     async with client_of(ScriptedPolicy(change(alter))) as client:
         with pytest.raises(BrokenServerError, match=message):
             await generate(client)
+
+
+@given(
+    lengths=st.lists(st.integers(2, 2**21), max_size=40),
+    most_tokens=st.integers(0, 2**21),
+    most_bytes=st.integers(4 << 20, 128 << 20),
+)
+def test_log_probs_calls_hold_every_row_once_in_order_within_the_limits(
+    lengths: list[int], most_tokens: int, most_bytes: int
+) -> None:
+    model = info(max_log_probs_tokens=most_tokens, max_message_bytes=most_bytes)
+
+    groups = list(model.log_probs_groups(lengths, rows=16))
+
+    assert [row for group in groups for row in group] == list(range(len(lengths)))
+    for group in (group for group in groups if len(group) > 1):
+        assert len(group) <= 16
+        assert not most_tokens or sum(lengths[row] for row in group) <= most_tokens
+        assert sum(lengths[row] for row in group) * 5 <= min(most_bytes, 64 << 20)  # an id takes up to 5 bytes
+
+
+def info(**limits: int) -> ModelInfo:
+    return ModelInfo(
+        model="reference",
+        weights=WeightsVersion(),
+        weights_digest="",
+        serving_dtype="float32",
+        tokenizer_digest="",
+        vocab_size=257,
+        eos_token_ids=(),
+        max_context_tokens=2**21,
+        processed_logprobs=True,
+        **limits,
+    )
 
 
 async def test_log_probabilities_must_be_finite() -> None:

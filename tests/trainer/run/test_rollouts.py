@@ -84,6 +84,17 @@ async def test_reference_calls_group_rows_by_number_so_that_timing_changes_no_bi
     assert {round(call.temperature, 6) for call in policy.scored} == {0.7}
 
 
+async def test_reference_calls_keep_to_the_servers_limits_whatever_the_completions_come_to() -> None:
+    policy = ScriptedPolicy(completed)
+    policy.model.max_log_probs_tokens = 30  # a row may come to 1 + 8 tokens
+
+    async with collector_of(policy, ScriptedReward(scored)) as collector:
+        rollouts = await collect(collector, 7)
+
+    assert sorted(len(call.sequences) for call in policy.scored) == [1, 3, 3]
+    assert all(rollout.reference_logprobs == (-0.5, -0.5, -0.5) for rollout in rollouts)
+
+
 async def test_sample_ids_change_with_the_tokens_and_only_with_them() -> None:
     async def ids(tokens: int) -> list[str]:
         policy = ScriptedPolicy(lambda request: completed(request, tokens=tokens))
