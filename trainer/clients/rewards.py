@@ -7,8 +7,6 @@ as soon as a call may be made, so scoring keeps pace with generation without a b
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import random
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from rlhf.failures import from_rpc_error
 from rlhf.logs import get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from trainer.clients.policy import BrokenServerError, FinishReason
+from trainer.clients.reward_wire import FINISH_REASONS, problem, turn
 
 _log = get_logger(__name__)
 
@@ -31,7 +30,7 @@ _DEFAULT_CALLS = 4
 _SAMPLE_OVERHEAD_BYTES = 8
 _MALFORMED_ATTEMPTS = 4
 _PENDING_JITTER = 0.2
-_LARGEST_FLOAT32 = 3.4e38
+_LONGEST_PENDING_SECONDS = 3600.0
 
 
 class RewardChangedError(RuntimeError):
@@ -247,6 +246,8 @@ class RewardClient:
     async def _score_batch(self, batch: list[_Job]) -> None:
         try:
             results = await self._ask_until_well_formed(batch)
+            for job in batch:
+                self._settle(job, results[job.sample.sample_id])
         except Exception as error:
             # Every sample's caller learns why; the first to do so stops the run.
             for job in batch:
@@ -257,8 +258,6 @@ class RewardClient:
             for job in batch:
                 job.result.cancel()
             raise
-        for job in batch:
-            self._settle(job, results[job.sample.sample_id])
         self._answered()
 
     def _settle(self, job: _Job, result: reward_pb2.SampleResult) -> None:
@@ -276,7 +275,8 @@ class RewardClient:
                 self._ask_later(job, result.pending)
 
     def _ask_later(self, job: _Job, pending: reward_pb2.Pending) -> None:
-        delay = pending.retry_after.ToTimedelta().total_seconds()
+        # Asking earlier than the server says is allowed; a Duration may hold more than any clock.
+        delay = min(pending.retry_after.ToNanoseconds() / 1e9, _LONGEST_PENDING_SECONDS)
         if self._on_wait is not None:
             reason = f"the reward of {job.sample.sample_id} is pending"
             self._on_wait(Waiting(on="reward", target=self.target, since_seconds=0.0, attempt=1, reason=reason))
@@ -346,12 +346,12 @@ class RewardClient:
             if sample_id not in times:
                 raise self._broken(sample_id, "is not answered")
         for result in answer.results:
-            if problem := _problem(result, tokens=len(jobs[result.sample_id].sample.completion_ids)):
-                raise self._broken(result.sample_id, problem)
+            if wrong := problem(result, tokens=len(jobs[result.sample_id].sample.completion_ids)):
+                raise self._broken(result.sample_id, wrong)
         return {result.sample_id: result for result in answer.results}
 
-    def _broken(self, sample_id: str, problem: str) -> BrokenServerError:
-        return BrokenServerError(f"reward server {self.target}: sample {sample_id!r} {problem}")
+    def _broken(self, sample_id: str, what: str) -> BrokenServerError:
+        return BrokenServerError(f"reward server {self.target}: sample {sample_id!r} {what}")
 
     def _request_overhead(self, sample: RewardSample) -> int:
         keys = sum(len(key.encode()) + _SAMPLE_OVERHEAD_BYTES for key in sample.json_keys)
@@ -365,62 +365,8 @@ class RewardClient:
             group_size=1,
             prompt=sample.prompt,
             completion=sample.completion,
-            messages=[_turn(message) for message in sample.messages],
+            messages=[turn(message) for message in sample.messages],
             completion_token_ids=sample.completion_ids if self._info.needs_token_ids else (),
-            finish_reason=_FINISH_REASONS.get(sample.finish_reason, reward_pb2.FINISH_REASON_UNSPECIFIED),
+            finish_reason=FINISH_REASONS.get(sample.finish_reason, reward_pb2.FINISH_REASON_UNSPECIFIED),
             metadata=dict(sample.metadata),
         )
-
-
-_FINISH_REASONS = {
-    FinishReason.EOS: reward_pb2.FINISH_REASON_EOS,
-    FinishReason.STOP: reward_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: reward_pb2.FINISH_REASON_LENGTH,
-}
-
-
-def _problem(result: reward_pb2.SampleResult, *, tokens: int) -> str | None:
-    """What is wrong with one result for a completion of `tokens` tokens; None = nothing."""
-    match result.WhichOneof("outcome"):
-        case "scored":
-            scored = result.scored
-            if not scored.HasField("reward"):
-                return "is scored without a reward"
-            if not math.isfinite(scored.reward):
-                return f"has the reward {scored.reward}, which is not finite"
-            if abs(scored.reward) > _LARGEST_FLOAT32:
-                return f"has the reward {scored.reward}, which is too large to train with"
-            if not all(math.isfinite(value) for value in scored.components.values()):
-                return "has a component that is not finite"
-            if scored.token_rewards and len(scored.token_rewards) != tokens:
-                return f"has {len(scored.token_rewards)} token rewards for {tokens} tokens"
-            if not all(math.isfinite(value) for value in scored.token_rewards):
-                return "has a token reward that is not finite"
-        case "pending":
-            if not result.pending.HasField("retry_after") or result.pending.retry_after.ToNanoseconds() <= 0:
-                return "is pending without a retry_after above 0"
-        case None:
-            return "has no outcome that this trainer knows"
-    return None
-
-
-def _turn(message: Mapping[str, object]) -> reward_pb2.ChatMessage:
-    """One turn of a conversation: content as text or a list of text parts, everything else as JSON."""
-    content = message.get("content")
-    texts = [content] if isinstance(content, str) else _part_texts(content)
-    extra = {key: value for key, value in message.items() if key not in ("role", "content")}
-    return reward_pb2.ChatMessage(
-        role=str(message["role"]),
-        parts=[reward_pb2.ContentPart(text=text) for text in texts],
-        extra_json=json.dumps(extra, ensure_ascii=False, default=str) if extra else "",
-    )
-
-
-def _part_texts(content: object) -> list[str]:
-    if content is None:
-        return []
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
-    ):
-        return [part["text"] for part in content]
-    raise ValueError(f"a message's content must be text or a list of text parts, not {type(content).__name__}")

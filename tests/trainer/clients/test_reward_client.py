@@ -168,6 +168,22 @@ async def test_a_pending_sample_is_sent_again_in_full_and_said_to_be_waited_for(
     assert "pending" in waits[0].reason
 
 
+async def test_an_absurd_delay_is_waited_out_like_a_long_one_beside_samples_that_are_scored() -> None:
+    def answer(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        response = scored(request)
+        for result in response.results:
+            if result.sample_id == sample(0).sample_id:
+                result.pending.retry_after.CopyFrom(Duration(seconds=2**63 - 1, nanos=2**31 - 1))
+        return response
+
+    async with client_of(ScriptedReward(answer)) as client:
+        absurd = asyncio.create_task(client.score(sample(0)))
+        scores = await asyncio.wait_for(asyncio.gather(*(client.score(sample(n)) for n in range(1, 4))), timeout=5)
+        assert scores == [Scored(1.0)] * 3
+        assert not absurd.done()
+        absurd.cancel()
+
+
 async def test_a_server_that_is_away_is_asked_again_with_the_same_ids() -> None:
     server = ScriptedReward(grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, scored)
 
