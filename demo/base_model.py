@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from demo.data import Split
+from trainer.tokenizers import save_tokenizer
 
 EOS = "<|endoftext|>"
 _IGNORED = -100
@@ -78,7 +79,7 @@ def base_model(cache: Path, split: Split, recipe: Recipe, console: Console) -> P
     )
     partial = cache / f".base-model-{os.getpid()}"
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
     (partial / "recipe.json").write_text(
         json.dumps({**dataclasses.asdict(recipe), **dataclasses.asdict(report)}, indent=2) + "\n"
     )

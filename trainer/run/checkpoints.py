@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.run.prompts import Cursor
 from trainer.run.runfolder import sync_folder
+from trainer.tokenizers import save_tokenizer
 
 _STATE_FILE = "trainer_state.json"
 _LEARNER_FILE = "learner.pt"
@@ -101,7 +102,7 @@ class CheckpointStore:
             return final
         with _durable_folder(final) as partial:
             model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
             torch.save({"learner": dict(learner_state), "random": _random_states()}, partial / _LEARNER_FILE)
             (partial / _STATE_FILE).write_text(json.dumps(state.to_json(), indent=2), encoding="utf-8")
         for old in self._all()[: -self._keep]:
@@ -117,7 +118,7 @@ def save_model(folder: Path, *, model: Saveable, tokenizer: Saveable) -> None:
     """Write the finished run's model to `folder`, replacing what an earlier finish left there."""
     with _durable_folder(folder) as partial:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
 
 
 def load_state(checkpoint: Path) -> RunState:
