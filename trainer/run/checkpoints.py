@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer.run.prompts import Cursor
 from trainer.run.runfolder import sync_folder
-from trainer.tokenizers import save_tokenizer
+from trainer.tokenizers import Saveable, save_tokenizer
 
 _STATE_FILE = "trainer_state.json"
 _LEARNER_FILE = "learner.pt"
@@ -33,14 +33,6 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 class CheckpointError(ValueError):
     """A checkpoint can't be read by this trainer; the message says why."""
-
-
-class Saveable(Protocol):
-    """A model or a tokenizer."""
-
-    def save_pretrained(self, folder: Any) -> Any:
-        """Write it to `folder`."""
-        ...
 
 
 @dataclass(frozen=True)
