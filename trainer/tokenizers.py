@@ -15,7 +15,7 @@ _RENAMED = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 class Saveable(Protocol):
     """A tokenizer, or a model: what transformers saves."""
 
-    def save_pretrained(self, folder: Any) -> Any:
+    def save_pretrained(self, folder: Any, /) -> Any:
         """Write it to `folder`."""
         ...
 
