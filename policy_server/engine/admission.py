@@ -7,6 +7,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator
 
+from policy_server.engine.budget import Budget
 from policy_server.engine.generation import Generation, Row
 from rlhf import failures
 
@@ -66,16 +67,15 @@ class WaitingGenerations:
 class RowChooser:
     """Chooses the rows that join next. All rows chosen at once run through one prefill, so they are of one model."""
 
-    def __init__(self, *, max_rows: int, max_prefill_tokens: int, one_request_per_batch: bool) -> None:
-        self._max_rows = max_rows
-        self._max_prefill_tokens = max_prefill_tokens
+    def __init__(self, budget: Budget, *, one_request_per_batch: bool) -> None:
+        self._budget = budget
         self._one_request_per_batch = one_request_per_batch
 
     def resuming(self, rows: list[Row], *, running: int) -> list[Row]:
         """Take rows, out of `rows`, whose cache has to be computed again; they were running, so they go first."""
         chosen: list[Row] = []
         for row in rows:
-            if len(chosen) == self._max_rows - running or not self._goes_with(row, chosen):
+            if len(chosen) >= self._budget.rows - running or not self._goes_with(row, chosen):
                 break
             chosen.append(row)
         del rows[: len(chosen)]
@@ -84,26 +84,28 @@ class RowChooser:
     def waiting(
         self,
         waiting: WaitingGenerations,
-        make_row: Callable[[Generation], Row],
+        make_row: Callable[[Generation], Row | None],
         *,
         running: int,
         started_only: bool,
     ) -> list[Row]:
-        """Make rows for the completions that go next, as many as there is room for."""
+        """Make rows for the completions that go next, as many as there is room for; one without a row has ended."""
         chosen: list[Row] = []
-        free = self._max_rows - running
+        free = self._budget.rows - running
         for generation in waiting:
             if started_only and not generation.admitted:
                 continue
-            if self._one_request_per_batch and free < min(generation.waiting, self._max_rows):
+            if self._one_request_per_batch and free < min(generation.waiting, self._budget.rows):
                 break  # the composition of its batches must not depend on what else runs
             while generation.waiting and len(chosen) < free:
                 row = make_row(generation)
+                if row is None:
+                    break
                 if not self._goes_with(row, chosen):
                     return chosen
                 chosen.append(row)
                 generation.admitted += 1
-            if len(chosen) == free:
+            if len(chosen) >= free:
                 break
         return chosen
 
@@ -117,4 +119,4 @@ class RowChooser:
             return row.generation is first.generation
         starts = {id(each.generation) if each.fresh else id(each) for each in (*chosen, row)}
         longest = max(each.length for each in (*chosen, row))
-        return len(starts) * longest <= self._max_prefill_tokens
+        return len(starts) * longest <= self._budget.tokens

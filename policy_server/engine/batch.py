@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from policy_server.engine.admission import QueueLimit
+from policy_server.engine.budget import Budget
 from policy_server.engine.detokenize import TokenDecoder
 from policy_server.engine.generation import Generation
 from policy_server.engine.jobs import ScoringJob, SwapJob
@@ -33,7 +34,7 @@ from policy_server.engine.protocol import (
 from policy_server.engine.scoring import Scorer, plan
 from policy_server.engine.streams import DeltaStream, StreamItems
 from policy_server.engine.weights import ParameterTable
-from policy_server.engine.worker import EngineWorker, Limits
+from policy_server.engine.worker import EngineWorker
 from rlhf import failures
 
 POLICY, REFERENCE = "policy", "reference"
@@ -77,7 +78,8 @@ class BatchEngine(Engine):
         # The service encodes on the event loop with the original, at the same time.
         self._decoder = TokenDecoder(copy.deepcopy(models.tokenizer))
         self._scorers = {name: Scorer(model) for name, model in self._models.items()}
-        self._limits = Limits(max_batch_rows, score_tokens, reproducible)
+        self._reproducible = reproducible
+        self._budget = Budget(max_batch_rows, score_tokens, fixed=reproducible)
         self._queue = QueueLimit(max_queue_requests)
         self._observer = observer or SilentObserver()
         self._mailbox = Mailbox()
@@ -93,7 +95,8 @@ class BatchEngine(Engine):
             parameters=self._parameters,
             scorers=self._scorers,
             decoder=self._decoder,
-            limits=self._limits,
+            budget=self._budget,
+            reproducible=self._reproducible,
             queue=self._queue,
             observer=self._observer,
             mailbox=self._mailbox,
@@ -134,7 +137,7 @@ class BatchEngine(Engine):
         worker = self._accepting_worker()
         model = self._model(request.model)
         self._queue.enter()
-        batches = plan(request, max_tokens=self._limits.max_forward_tokens, one_by_one=self._limits.reproducible)
+        batches = plan(request, max_tokens=self._budget.tokens, one_by_one=self._reproducible)
         job = ScoringJob(request, model, batches, asyncio.get_running_loop().create_future())
         self._mailbox.put(partial(worker.score, job))
         try:

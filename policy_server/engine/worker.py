@@ -10,13 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from policy_server.engine.admission import QueueLimit, RowChooser, WaitingGenerations
+from policy_server.engine.budget import Budget, translated
 from policy_server.engine.decoding import Cohort, prefill, prefill_tokens
 from policy_server.engine.detokenize import TokenDecoder
 from policy_server.engine.generation import Generation, Row
@@ -35,15 +35,6 @@ from rlhf.failures import RpcFailure
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one round may hold: rows over all batches, padded tokens of one prefill or scoring forward."""
-
-    max_batch_rows: int
-    max_forward_tokens: int
-    reproducible: bool
-
-
 class EngineWorker:
     """State and rounds of the engine's thread. All methods but `run` are tasks: they run between two rounds."""
 
@@ -54,7 +45,8 @@ class EngineWorker:
         parameters: ParameterTable,
         scorers: Mapping[str, Scorer],
         decoder: TokenDecoder,
-        limits: Limits,
+        budget: Budget,
+        reproducible: bool,
         queue: QueueLimit,
         observer: EngineObserver,
         mailbox: Mailbox,
@@ -64,16 +56,13 @@ class EngineWorker:
         self._parameters = parameters
         self._scorers = scorers
         self._decoder = decoder
-        self._limits = limits
+        self._budget = budget
+        self._reproducible = reproducible
         self._queue = queue
         self._observer = observer
         self._mailbox = mailbox
         self._outbox = outbox
-        self._chooser = RowChooser(
-            max_rows=limits.max_batch_rows,
-            max_prefill_tokens=limits.max_forward_tokens,
-            one_request_per_batch=limits.reproducible,
-        )
+        self._chooser = RowChooser(budget, one_request_per_batch=reproducible)
         self._models: dict[int, ServedModel] = {}  # by id(generation), while it is open
         self._open: dict[int, Generation] = {}
         self._waiting = WaitingGenerations()
@@ -138,7 +127,7 @@ class EngineWorker:
                     self._round()
                 except Exception as error:
                     _log.exception("The engine failed in a round")
-                    self._fail_everything(_translated(error))
+                    self._fail_everything(translated(error))
                 self._outbox.flush()
             self._fail_everything(failures.unavailable("the server is stopping"))
             self._outbox.flush()
@@ -165,7 +154,7 @@ class EngineWorker:
     # Generation
 
     def _admit(self) -> None:
-        running = sum(len(cohort.rows) for cohort in self._cohorts)
+        running = len(self._running())
         rows = self._chooser.resuming(self._resuming, running=running)
         if not rows:
             rows = self._chooser.waiting(
@@ -194,14 +183,24 @@ class EngineWorker:
         cohort.drop_dead_rows()
         if not cohort.rows:
             return
-        host = None if self._limits.reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
+        host = None if self._reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
         if host is None:
             self._cohorts.append(cohort)
-        else:
+            return
+        try:
             host.absorb(cohort)
+        except Exception as error:
+            self._fail_rows([*host.rows, *cohort.rows], error)
+            host.rows.clear()
 
-    def _make_row(self, generation: Generation) -> Row:
-        return Row(generation, generation.admitted, self._models[id(generation)], self._decoder)
+    def _make_row(self, generation: Generation) -> Row | None:
+        """The next completion's row; None = it can't be made, which ends the request."""
+        try:
+            return Row(generation, generation.admitted, self._models[id(generation)], self._decoder)
+        except Exception as error:
+            _log.exception("A completion could not be begun")
+            self._end(generation, translated(error))
+            return None
 
     def _step(self, cohort: Cohort) -> None:
         started = time.perf_counter()
@@ -217,7 +216,7 @@ class EngineWorker:
         self._observer.tokens(Phase.DECODE, len(rows))
 
     def _sample(self, cohort: Cohort, logits: Tensor) -> None:
-        if self._limits.reproducible:
+        if self._reproducible:
             logits = logits.cpu()  # a sum over the vocabulary has no deterministic CUDA kernel
         drawn = draw(logits, [row.draw() for row in cohort.rows])
         for index, row in enumerate(cohort.rows):
@@ -241,6 +240,9 @@ class EngineWorker:
             if generation.unfinished == 0:
                 self._end(generation, None)
 
+    def _running(self) -> list[Row]:
+        return [row for cohort in self._cohorts for row in cohort.rows]
+
     def _prune(self) -> None:
         for cohort in self._cohorts:
             cohort.drop_dead_rows()
@@ -258,16 +260,20 @@ class EngineWorker:
             self._leave_scoring(job)
             return
         batch = job.plan[job.finished]
+        sequences = [job.request.sequences[place] for place in batch.sequences]
+        lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         try:
             job.scores.update(self._scorers[job.model.name].score(job.request, batch))
         except Exception as error:
             _log.exception("A scoring micro-batch failed")
-            self._leave_scoring(job, _translated(error))
+            failure = self._budget.failure(
+                error,
+                completions=len(self._running()),
+                scored=len(lengths),
+                scored_tokens=len(lengths) * max(lengths),
+            )
+            self._leave_scoring(job, failure)
             return
-        lengths = (
-            len(prompt) + len(completion)
-            for prompt, completion in map(job.request.sequences.__getitem__, batch.sequences)
-        )
         self._observer.tokens(Phase.SCORE, sum(lengths))
         job.finished += 1
         if job.finished == len(job.plan):
@@ -303,7 +309,7 @@ class EngineWorker:
         except Exception as error:
             if not isinstance(error, RpcFailure):
                 _log.exception("Weights could not be copied")
-            self._outbox.resolve(job.future, _translated(error))
+            self._outbox.resolve(job.future, translated(error))
             return
         self._policy.version = job.version
         self._after_swap(job.in_flight)
@@ -339,8 +345,8 @@ class EngineWorker:
                 self._end(generation, failure)
                 return
             unmade = []
-            while generation.waiting:
-                unmade.append(self._make_row(generation))
+            while generation.waiting and (row := self._make_row(generation)) is not None:
+                unmade.append(row)
                 generation.admitted += 1
             self._abort([*rows, *unmade])
 
@@ -364,7 +370,7 @@ class EngineWorker:
 
     def _fail_rows(self, rows: Sequence[Row], error: Exception) -> None:
         _log.error("A forward for %d completions failed", len(rows), exc_info=error)
-        failure = _translated(error)
+        failure = self._budget.failure(error, completions=len({*rows, *self._running()}))
         for row in rows:
             self._end(row.generation, failure)
 
@@ -386,14 +392,4 @@ class EngineWorker:
     def _show_load(self) -> None:
         generations = sum(generation.admitted == 0 for generation in self._waiting)
         self._observer.queued(generations=generations, scorings=len(self._scorings))
-        self._observer.running(rows=sum(len(cohort.rows) for cohort in self._cohorts))
-
-
-def _translated(error: Exception) -> RpcFailure:
-    if isinstance(error, RpcFailure):
-        return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return failures.overloaded("out of memory in a forward", 1.0)
-    return failures.internal(f"{type(error).__name__} in the engine")
+        self._observer.running(rows=len(self._running()))

@@ -3,12 +3,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from typing import Any
 
 import grpc
 import pytest
 import torch
 
+from policy_server.engine import worker
+from policy_server.engine.generation import Generation, Row
 from policy_server.engine.protocol import FinishReason, InFlight, Priority, ScoringRequest, WeightsPrecondition
 from rlhf.failures import RpcFailure
 from tests.policy_server.engine.architectures import loaded, make_model
@@ -120,15 +124,9 @@ async def test_interactive_requests_pass_waiting_bulk_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory"), grpc.StatusCode.RESOURCE_EXHAUSTED),
-        (RuntimeError("secret path"), grpc.StatusCode.INTERNAL),
-    ],
+    "error", [torch.OutOfMemoryError("secret: a single row, so smaller can't be had"), RuntimeError("secret path")]
 )
-async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(
-    error: Exception, code: grpc.StatusCode
-) -> None:
+async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(error: Exception) -> None:
     model = make_model("gpt2")
     failing = True
 
@@ -151,9 +149,55 @@ async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(
         handle.remove()
         [completion] = await generate(engine, request([1], max_new_tokens=2, min_new_tokens=2))
     for caught in (of_prefill, of_scores, of_decoding):
-        assert caught.value.code is code
+        assert caught.value.code is grpc.StatusCode.INTERNAL
         assert "secret" not in caught.value.message
     assert len(completion.token_ids) == 2
+
+
+async def test_what_ran_out_of_memory_succeeds_when_it_is_sent_again_as_told() -> None:
+    """The model takes no more than two rows of a forward."""
+    model = make_model("gpt2")
+
+    def fail(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async def tries(ask: Callable[[], Awaitable[object]]) -> int:
+        for count in range(1, 10):
+            try:
+                await ask()
+                return count
+            except RpcFailure as failure:
+                told = failure
+            assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+            assert told.retry_after
+        pytest.fail("it never fits")
+
+    async with running(loaded(model)) as engine:
+        with model.transformer.h[1].register_forward_pre_hook(fail):
+            asked = request([1, 2], n=8, max_new_tokens=4, min_new_tokens=4)
+            assert await tries(lambda: generate(engine, asked)) == 3
+            scored = ScoringRequest("r", "policy", [([1, 2], [3])] * 8)
+            assert await tries(lambda: engine.log_probs(scored)) == 3
+            assert await tries(lambda: generate(engine, asked)) == 1
+            assert await tries(lambda: engine.log_probs(scored)) == 1
+
+
+async def test_a_row_that_cannot_be_made_fails_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def row(generation: Generation, index: int, *others: Any) -> Row:
+        if generation.request.request_id == "bad" and index == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Row(generation, index, *others)
+
+    async with running(loaded(make_model("gpt2")), max_queue_requests=1) as engine:
+        kept = engine.submit(request([1], **LONG))
+        await anext(kept)
+        monkeypatch.setattr(worker, "Row", row)
+        for _ in range(2):
+            with pytest.raises(RpcFailure) as caught:
+                await generate(engine, request([2], name="bad", n=4))
+            assert caught.value.reason == "OVERLOADED"
+        await _exhaust(kept)
 
 
 async def test_a_fault_of_the_engine_itself_reaches_every_caller_and_the_engine_goes_on(
