@@ -17,7 +17,6 @@ import grpc
 from rlhf.channel import (
     DEFAULT_MAX_MESSAGE_BYTES,
     RetryPolicy,
-    Waiting,
     call_metadata,
     call_with_retry,
     open_channel,
@@ -25,6 +24,7 @@ from rlhf.channel import (
 )
 from rlhf.failures import from_rpc_error
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+from trainer.clients.waits import CallWatch, watched
 from trainer.versions import WeightsVersion
 
 T = TypeVar("T")
@@ -109,8 +109,7 @@ class PolicyClient:
         timeout: float = 300.0,
         retry: RetryPolicy | None = None,
         recover: Callable[[], Awaitable[None]] | None = None,
-        on_wait: Callable[[Waiting], None] | None = None,
-        on_answer: Callable[[], None] | None = None,
+        watch: CallWatch | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`timeout` (seconds) bounds each attempt; `recover` runs before an attempt is repeated."""
@@ -118,22 +117,22 @@ class PolicyClient:
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._recover = recover
-        self._on_wait = on_wait
-        self._on_answer = on_answer
+        self._watch = watch
         self._metadata = tuple(metadata) or call_metadata()
         self._channel = open_channel(target)
         self._stub: Any = policy_pb2_grpc.PolicyServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def wait_ready(self, within: float | None = None) -> None:
         """Until the server's health says that PolicyService serves (a managed one needs weights first)."""
-        await wait_until_ready(
-            self._channel,
-            POLICY_SERVICE,
-            what="policy server",
-            target=self.target,
-            timeout=within,
-            on_wait=self._on_wait,
-        )
+        with watched(self._watch) as on_wait:
+            await wait_until_ready(
+                self._channel,
+                POLICY_SERVICE,
+                what="policy server",
+                target=self.target,
+                timeout=within,
+                on_wait=on_wait,
+            )
 
     async def get_model(self, model: str = "") -> ModelInfo:
         """Describe "" (the policy) or "reference"; answers while the server is not ready."""
@@ -145,10 +144,10 @@ class PolicyClient:
             )
             return answer
 
-        answer = await call_with_retry(
-            attempt, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
-        )
-        self._answered()
+        with watched(self._watch) as on_wait:
+            answer = await call_with_retry(
+                attempt, policy=self._retry, what="policy server", target=self.target, on_wait=on_wait
+            )
         return ModelInfo(
             model=answer.model,
             weights=WeightsVersion.from_proto(answer.weights),
@@ -265,15 +264,10 @@ class PolicyClient:
                     await self._recover()
             raise AssertionError("unreachable")
 
-        answer = await call_with_retry(
-            recovering, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
-        )
-        self._answered()
-        return answer
-
-    def _answered(self) -> None:
-        if self._on_answer is not None:
-            self._on_answer()
+        with watched(self._watch) as on_wait:
+            return await call_with_retry(
+                recovering, policy=self._retry, what="policy server", target=self.target, on_wait=on_wait
+            )
 
     def _checked(self, completion: policy_pb2.Completion, max_new_tokens: int) -> Generation:
         tokens, logprobs = tuple(completion.token_ids), tuple(completion.processed_logprobs)

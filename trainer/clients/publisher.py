@@ -10,11 +10,12 @@ from typing import Any
 import grpc
 from torch import Tensor
 
-from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel, wait_until_ready
+from rlhf.channel import RetryPolicy, call_metadata, call_with_retry, open_channel, wait_until_ready
 from rlhf.failures import RpcFailure, from_rpc_error, unavailable
 from rlhf.logs import get_logger
 from rlhf.tensors import dtype_name, iter_pieces
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
+from trainer.clients.waits import CallWatch, watched
 from trainer.versions import WeightsVersion
 
 _log = get_logger(__name__)
@@ -51,8 +52,7 @@ class WeightPublisher:
         timeout: float = 600.0,
         retry: RetryPolicy | None = None,
         on_new_server: Callable[[], Awaitable[None]] | None = None,
-        on_wait: Callable[[Waiting], None] | None = None,
-        on_answer: Callable[[], None] | None = None,
+        watch: CallWatch | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`timeout` (seconds) bounds a stream; `on_new_server` runs before weights go to a process not seen before."""
@@ -60,8 +60,7 @@ class WeightPublisher:
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._on_new_server = on_new_server
-        self._on_wait = on_wait
-        self._on_answer = on_answer
+        self._watch = watch
         self._metadata = tuple(metadata) or call_metadata()
         self._channel = open_channel(target)
         self._stub: Any = weights_pb2_grpc.WeightsServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -71,15 +70,15 @@ class WeightPublisher:
 
     async def wait_ready(self, within: float | None = None) -> None:
         """Until the server's health says that WeightsService can stage; TimeoutError after `within` seconds."""
-        await wait_until_ready(
-            self._channel,
-            WEIGHTS_SERVICE,
-            what="policy server",
-            target=self.target,
-            timeout=within,
-            on_wait=self._on_wait,
-        )
-        self._answered()
+        with watched(self._watch) as on_wait:
+            await wait_until_ready(
+                self._channel,
+                WEIGHTS_SERVICE,
+                what="policy server",
+                target=self.target,
+                timeout=within,
+                on_wait=on_wait,
+            )
 
     async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
         """Make `weights` live: names as in transformers' state dict, tied parameters once; returns when they serve.
@@ -133,10 +132,10 @@ class WeightPublisher:
                     # The server moved between the question and the swap; asking again tells where to.
                     conflicts += 1
 
-        await call_with_retry(
-            attempt, policy=self._retry, what="policy server", target=self.target, on_wait=self._on_wait
-        )
-        self._answered()
+        with watched(self._watch) as on_wait:
+            await call_with_retry(
+                attempt, policy=self._retry, what="policy server", target=self.target, on_wait=on_wait
+            )
 
     async def _get_weights(self, published: _Published) -> weights_pb2.GetWeightsResponse:
         """What is live, and the fate of this update on this process."""
@@ -199,10 +198,6 @@ class WeightPublisher:
 
     def _update_id(self, weights: WeightsVersion) -> str:
         return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}"
-
-    def _answered(self) -> None:
-        if self._on_answer is not None:
-            self._on_answer()
 
 
 def _is_cut_short(failure: RpcFailure) -> bool:

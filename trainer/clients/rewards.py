@@ -21,6 +21,7 @@ from rlhf.logs import get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from trainer.clients.policy import BrokenServerError, FinishReason
 from trainer.clients.reward_wire import FINISH_REASONS, problem, turn
+from trainer.clients.waits import CallWatch, watched
 
 _log = get_logger(__name__)
 
@@ -100,13 +101,14 @@ class _Job:
     sample: RewardSample
     message: reward_pb2.Sample
     result: asyncio.Future[Outcome]
+    times_pending: int = 0
 
 
 class RewardClient:
     """Calls on one reward server for one run.
 
     Raises BrokenServerError when the server keeps answering what the contract forbids, RewardChangedError when its
-    version changes, RpcFailure for what is final; everything else is waited out and reported to `on_wait`.
+    version changes, RpcFailure for what is final; everything else is waited out and told to `watch`.
     """
 
     def __init__(
@@ -116,8 +118,7 @@ class RewardClient:
         run_id: str,
         timeout: float = 60.0,
         retry: RetryPolicy | None = None,
-        on_wait: Callable[[Waiting], None] | None = None,
-        on_answer: Callable[[], None] | None = None,
+        watch: CallWatch | None = None,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`timeout` (seconds) bounds each attempt of a call."""
@@ -125,8 +126,7 @@ class RewardClient:
         self._run_id = run_id
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
-        self._on_wait = on_wait
-        self._on_answer = on_answer
+        self._watch = watch
         self._metadata = tuple(metadata) or call_metadata(run_id=run_id)
         self._channel = open_channel(target)
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -199,7 +199,6 @@ class RewardClient:
                 raise from_rpc_error(error) from error
 
         answer = await self._retried(attempt)
-        self._answered()
         return RewardInfo(
             name=answer.name,
             version=answer.version,
@@ -258,7 +257,6 @@ class RewardClient:
             for job in batch:
                 job.result.cancel()
             raise
-        self._answered()
 
     def _settle(self, job: _Job, result: reward_pb2.SampleResult) -> None:
         if job.result.done():
@@ -277,9 +275,12 @@ class RewardClient:
     def _ask_later(self, job: _Job, pending: reward_pb2.Pending) -> None:
         # Asking earlier than the server says is allowed; a Duration may hold more than any clock.
         delay = min(pending.retry_after.ToNanoseconds() / 1e9, _LONGEST_PENDING_SECONDS)
-        if self._on_wait is not None:
+        if self._watch is not None:
+            job.times_pending += 1
+            if job.times_pending == 1:
+                job.result.add_done_callback(self._watch.over)
             reason = f"the reward of {job.sample.sample_id} is pending"
-            self._on_wait(Waiting(on="reward", target=self.target, since_seconds=0.0, attempt=1, reason=reason))
+            self._watch.waiting(job.result, Waiting("reward server", self.target, 0.0, job.times_pending, reason))
 
         def again() -> None:
             self._later.discard(handle)
@@ -324,14 +325,10 @@ class RewardClient:
         raise AssertionError("unreachable")
 
     async def _retried(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        return await call_with_retry(
-            attempt, policy=self._retry, what="reward server", target=self.target, on_wait=self._on_wait
-        )
-
-    def _answered(self) -> None:
-        """Tell that nothing is waited for, unless samples are still pending."""
-        if self._on_answer is not None and not self._later:
-            self._on_answer()
+        with watched(self._watch) as on_wait:
+            return await call_with_retry(
+                attempt, policy=self._retry, what="reward server", target=self.target, on_wait=on_wait
+            )
 
     def _checked(self, batch: list[_Job], answer: reward_pb2.ScoreResponse) -> dict[str, reward_pb2.SampleResult]:
         """The results by id, or BrokenServerError naming the server and the first sample that is wrong."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from rlhf.channel import Waiting, call_metadata
+from rlhf.channel import call_metadata
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
 from trainer.clients.policy import REFERENCE, PolicyClient
@@ -38,24 +37,21 @@ class Servers:
             timeout=settings.publish_timeout,
             # A server that was started again may be another: of another folder, with another reference.
             on_new_server=self._check_policy_server,
-            on_wait=_report(waits, "policy"),
-            on_answer=lambda: waits.answered("policy"),
+            watch=waits.watch("policy"),
             metadata=metadata,
         )
         self.policy = PolicyClient(
             settings.policy_server,
             timeout=settings.policy_timeout,
             recover=self.publisher.ensure,
-            on_wait=_report(waits, "policy"),
-            on_answer=lambda: waits.answered("policy"),
+            watch=waits.watch("policy"),
             metadata=metadata,
         )
         self.rewards = RewardClient(
             settings.reward_server,
             run_id=identity.run_id,
             timeout=settings.reward_timeout,
-            on_wait=_report(waits, "reward"),
-            on_answer=lambda: waits.answered("reward"),
+            watch=waits.watch("reward"),
             metadata=metadata,
         )
 
@@ -119,7 +115,3 @@ class Servers:
                 _log.warning(
                     "the served reference is not the model that this run starts from", target=self.policy.target
                 )
-
-
-def _report(waits: WaitBoard, on: str) -> Callable[[Waiting], None]:
-    return lambda waiting: waits.waiting(on, waiting.target, waiting.reason)

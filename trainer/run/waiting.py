@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from rlhf.channel import Waiting
 from rlhf.logs import get_logger
 from trainer.metrics import TrainerMetrics
 
@@ -16,16 +17,16 @@ _REPEAT_SECONDS = 30.0
 
 @dataclass
 class Wait:
-    """One thing waited for; `since` is time.monotonic() at the first failure."""
+    """One server waited for; `calls` has when each call on it that can't succeed yet was first made (monotonic)."""
 
     target: str
     reason: str
-    since: float
     said: float
+    calls: dict[object, float] = field(default_factory=dict)
 
     def seconds(self) -> float:
-        """How long it has lasted."""
-        return time.monotonic() - self.since
+        """How long the oldest of the calls has waited."""
+        return time.monotonic() - min(self.calls.values())
 
 
 class WaitBoard:
@@ -40,25 +41,54 @@ class WaitBoard:
         """What is waited for now, by "policy" or "reward"."""
         return self._waits
 
-    def waiting(self, on: str, target: str, reason: str) -> None:
-        """A call on `on` can't succeed yet."""
+    def watch(self, on: str) -> ServerWatch:
+        """What the clients of server `on` ("policy" or "reward") report to."""
+        return ServerWatch(self, on)
+
+    def waiting(self, on: str, call: object, waiting: Waiting) -> None:
+        """`call` on `on` can't succeed yet."""
         now = time.monotonic()
         wait = self._waits.get(on)
+        first = wait is None
         if wait is None:
-            self._waits[on] = Wait(target, reason, since=now, said=now)
+            wait = self._waits[on] = Wait(waiting.target, waiting.reason, said=now)
             self._metrics.waiting.labels(on=on).set(1)
-            _log.warning(f"waiting for the {on} server", target=target, reason=reason)
-            return
-        wait.reason = reason
-        if now - wait.said >= _REPEAT_SECONDS:
+        wait.reason = waiting.reason
+        wait.calls.setdefault(call, now - waiting.since_seconds)
+        if first or now - wait.said >= _REPEAT_SECONDS:
             wait.said = now
             _log.warning(
-                f"still waiting for the {on} server", target=target, reason=reason, seconds=round(wait.seconds())
+                f"{'waiting' if first else 'still waiting'} for the {on} server",
+                target=wait.target,
+                reason=wait.reason,
+                calls=len(wait.calls),
+                seconds=round(wait.seconds()),
             )
 
-    def answered(self, on: str) -> None:
-        """`on` answers."""
-        wait = self._waits.pop(on, None)
-        if wait is not None:
+    def over(self, on: str, call: object) -> None:
+        """`call` on `on` waits no more; the wait for the server is over when none does."""
+        wait = self._waits.get(on)
+        if wait is None or call not in wait.calls:
+            return
+        seconds = wait.seconds()
+        del wait.calls[call]
+        if not wait.calls:
+            del self._waits[on]
             self._metrics.waiting.labels(on=on).set(0)
-            _log.info(f"the {on} server answers again", target=wait.target, seconds=round(wait.seconds(), 1))
+            _log.info(f"no longer waiting for the {on} server", target=wait.target, seconds=round(seconds, 1))
+
+
+@dataclass(frozen=True)
+class ServerWatch:
+    """The board's side of one server's clients."""
+
+    board: WaitBoard
+    on: str
+
+    def waiting(self, call: object, waiting: Waiting) -> None:
+        """`call` can't succeed yet."""
+        self.board.waiting(self.on, call, waiting)
+
+    def over(self, call: object) -> None:
+        """`call` waits no more."""
+        self.board.over(self.on, call)

@@ -51,6 +51,23 @@ async def client_of(server: ScriptedReward, **options: object) -> AsyncIterator[
             await client.close()
 
 
+class Watch:
+    """Remembers what it is told, and which calls wait now."""
+
+    def __init__(self) -> None:
+        self.seen: list[Waiting] = []
+        self.calls: set[object] = set()
+        self.called = asyncio.Event()
+
+    def waiting(self, call: object, waiting: Waiting) -> None:
+        self.seen.append(waiting)
+        self.calls.add(call)
+        self.called.set()
+
+    def over(self, call: object) -> None:
+        self.calls.discard(call)
+
+
 def altered(change: Change) -> Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]:
     """A good answer with its first result changed."""
 
@@ -158,14 +175,17 @@ async def test_a_pending_sample_is_sent_again_in_full_and_said_to_be_waited_for(
         )
 
     server = ScriptedReward(pending, pending, scored)
-    waits: list[Waiting] = []
+    watch = Watch()
 
-    async with client_of(server, on_wait=waits.append) as client:
+    async with client_of(server, watch=watch) as client:
         outcome = await client.score(sample(0))
+        await asyncio.sleep(0)  # what follows the result
 
     assert outcome == Scored(1.0)
+    assert not watch.calls
     assert [call.samples[0] for call in server.calls] == [server.calls[0].samples[0]] * 3
-    assert "pending" in waits[0].reason
+    assert [waiting.attempt for waiting in watch.seen] == [1, 2]
+    assert "pending" in watch.seen[0].reason
 
 
 async def test_an_absurd_delay_is_waited_out_like_a_long_one_beside_samples_that_are_scored() -> None:
@@ -270,12 +290,13 @@ async def test_a_server_that_comes_back_as_another_reward_stops_the_run() -> Non
 
 
 async def test_abandoned_samples_leave_nothing_running() -> None:
-    called = asyncio.Event()
     server = ScriptedReward(grpc.StatusCode.UNAVAILABLE)
+    watch = Watch()
 
-    async with client_of(server, on_wait=lambda waiting: called.set()) as client:
+    async with client_of(server, watch=watch) as client:
         asking = asyncio.create_task(client.score(sample(0)))
-        await called.wait()
+        await watch.called.wait()
         await client.abandon()
+        assert not watch.calls
         with pytest.raises(asyncio.CancelledError):
             await asking

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from rlhf.channel import Waiting
 from trainer.metrics import TrainerMetrics
 from trainer.run.progress import Progress
 from trainer.run.tracking import TrackerName, open_trackers
@@ -26,6 +27,10 @@ def waits(registry: CollectorRegistry) -> WaitBoard:
     return WaitBoard(TrainerMetrics(registry))
 
 
+def waiting(reason: str, since_seconds: float = 0.0) -> Waiting:
+    return Waiting("a server", "127.0.0.1:7", since_seconds, 1, reason)
+
+
 def shown(progress: Progress) -> str:
     console = Console(file=io.StringIO(), width=120)
     console.print(progress.render())
@@ -36,7 +41,7 @@ def shown(progress: Progress) -> str:
 
 def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBoard) -> None:
     progress = Progress(steps=20, waits=waits, live=False)
-    waits.waiting("reward", "127.0.0.1:7", "UNAVAILABLE: connection refused")
+    waits.watch("reward").waiting("call", waiting("UNAVAILABLE: connection refused", since_seconds=61.0))
 
     progress.step_done(3, STATISTICS)
     with progress.phase("rollout"):
@@ -46,7 +51,7 @@ def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBo
     assert "step 3/20" in text
     assert "rollout 5/8" in text
     assert "reward 0.25  KL 1.5  length 12" in text
-    assert "waiting for the reward server 127.0.0.1:7 for 0 s: UNAVAILABLE: connection refused" in text
+    assert "waiting for the reward server 127.0.0.1:7 for 61 s: UNAVAILABLE: connection refused" in text
 
 
 def test_a_live_panel_is_drawn(waits: WaitBoard) -> None:
@@ -79,12 +84,34 @@ def test_a_wait_sets_the_gauge_until_the_server_answers(registry: CollectorRegis
         return registry.get_sample_value("rlhf_trainer_waiting", {"on": on})
 
     assert (gauge("policy"), gauge("reward")) == (0, 0)
-    waits.waiting("reward", "127.0.0.1:7", "down")
-    waits.waiting("reward", "127.0.0.1:7", "still down")
+    watch = waits.watch("reward")
+    watch.waiting("call", waiting("down"))
+    watch.waiting("call", waiting("still down"))
     assert (gauge("policy"), gauge("reward")) == (0, 1)
     assert waits.waits["reward"].reason == "still down"
-    waits.answered("reward")
+    watch.over("call")
     assert (gauge("reward"), dict(waits.waits)) == (0, {})
+
+
+def test_a_wait_lasts_until_no_call_waits_and_counts_from_the_oldest_ones_first_attempt(
+    waits: WaitBoard, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    watch = waits.watch("policy")
+
+    watch.waiting("slow", waiting("DEADLINE_EXCEEDED", since_seconds=300.0))
+    watch.waiting("late", waiting("OVERLOADED", since_seconds=10.0))
+    watch.over("answered at once")
+    assert waits.waits["policy"].seconds() >= 300
+    watch.over("slow")
+    assert 10 <= waits.waits["policy"].seconds() < 300
+    watch.over("late")
+
+    assert not waits.waits
+    assert [message.partition(" target")[0] for message in caplog.messages] == [
+        "waiting for the policy server",
+        "no longer waiting for the policy server",
+    ]
 
 
 def test_statistics_become_gauges_under_names_that_prometheus_takes(registry: CollectorRegistry) -> None:
