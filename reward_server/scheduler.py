@@ -1,6 +1,7 @@
 """Between the calls that arrive and the reward that judges: queueing, batching, sharing and giving up.
 
-A sample is computed once however many calls wait for it, and not at all when nobody waits any more.
+A sample is computed once however many calls wait for it, and not at all when nobody waits any more. A call that was
+told to come back waits on for a while.
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from dataclasses import dataclass
 from reward_server import metrics
 from reward_server.kinds import RewardKind, Sample
 from reward_server.memory import OutcomeMemory, SampleKey
-from reward_server.results import Failed, FailureCode, Outcome
+from reward_server.results import Failed, FailureCode, Outcome, Pending
 from rlhf import failures
+from rlhf.logs import get_logger
+
+_log = get_logger(__name__)
+
+# How long after the time to come back a PENDING sample is still worked on for a client that may be gone.
+_PATIENCE_SECONDS = 60.0
 
 SAMPLE_ID_CLASH = Failed(
     FailureCode.SAMPLE_ID_CLASH,
@@ -37,6 +44,11 @@ class _Job:
     outcome: asyncio.Future[Outcome]
     batch: _Batch | None = None
     waiting_calls: int = 0
+    expected_calls: int = 0
+    """Calls that were answered PENDING and will be made again."""
+
+    def wanted(self) -> bool:
+        return self.waiting_calls + self.expected_calls > 0
 
 
 @dataclass(eq=False)
@@ -46,7 +58,7 @@ class _Batch:
     started: bool = False
 
     def abandoned(self) -> bool:
-        return not any(job.waiting_calls for job in self.jobs)
+        return not any(job.wanted() for job in self.jobs)
 
 
 class Scheduler:
@@ -66,8 +78,11 @@ class Scheduler:
         self._batches: set[_Batch] = set()
         self._seconds_per_sample = 0.01
 
-    async def score(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """One outcome per entry, in order. Raises RpcFailure (overloaded) when the queue is full."""
+    async def score(self, entries: Sequence[Entry], seconds: float | None = None) -> list[Outcome]:
+        """One outcome per entry, in order; what takes longer than `seconds` (None = for ever) is Pending and goes on.
+
+        Raises RpcFailure (overloaded) when the queue is full.
+        """
         answers: list[Outcome | _Job] = []
         fresh: list[_Job] = []
         for entry in entries:
@@ -83,13 +98,27 @@ class Scheduler:
         try:
             # asyncio.wait does not cancel the futures when this call is cancelled: others may wait for them too.
             if jobs:
-                await asyncio.wait([job.outcome for job in jobs])
+                await asyncio.wait([job.outcome for job in jobs], timeout=seconds)
+            late = [job for job in jobs if not job.outcome.done()]
+            come_back = Pending(self._seconds_to_come_back())
+            if late:
+                self._expect_again(late, come_back.retry_after + _PATIENCE_SECONDS)
         finally:
             for job in jobs:
                 job.waiting_calls -= 1
-                if not job.waiting_calls and not job.outcome.done():
-                    self._give_up(job)
-        return [answer.outcome.result() if isinstance(answer, _Job) else answer for answer in answers]
+                self._give_up_unless_wanted(job)
+        return [_answered(answer, come_back) if isinstance(answer, _Job) else answer for answer in answers]
+
+    def _expect_again(self, jobs: Sequence[_Job], seconds: float) -> None:
+        """Work on for `seconds` as if a call waited."""
+        for job in jobs:
+            job.expected_calls += 1
+        asyncio.get_running_loop().call_later(seconds, self._expect_no_longer, jobs)
+
+    def _expect_no_longer(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            job.expected_calls -= 1
+            self._give_up_unless_wanted(job)
 
     def _known(self, entry: Entry) -> Outcome | _Job | None:
         remembered = self._memory.recall(entry.key)
@@ -105,10 +134,9 @@ class Scheduler:
 
     def _admit(self, fresh: Sequence[_Job]) -> None:
         if self._jobs and len(self._jobs) + len(fresh) > self._max_queue_samples:
-            wait = len(self._jobs) * self._seconds_per_sample / self._reward.concurrency
             raise failures.overloaded(
                 f"{len(self._jobs)} samples wait already; the queue holds {self._max_queue_samples}",
-                retry_after=min(max(wait, 0.1), 30.0),
+                retry_after=self._seconds_to_come_back(),
             )
         for job in fresh:
             self._jobs[job.entry.key] = job
@@ -120,8 +148,14 @@ class Scheduler:
             batch.task = asyncio.create_task(self._run(batch))
             self._batches.add(batch)
 
-    def _give_up(self, job: _Job) -> None:
-        """Nobody waits for `job` any more: what has not begun is forgotten, what can be stopped is stopped."""
+    def _seconds_to_come_back(self) -> float:
+        wait = len(self._jobs) * self._seconds_per_sample / self._reward.concurrency
+        return min(max(wait, 0.1), 30.0)
+
+    def _give_up_unless_wanted(self, job: _Job) -> None:
+        """When nobody waits any more, what has not begun is forgotten, and what can be stopped is stopped."""
+        if job.wanted() or job.outcome.done():
+            return
         batch = job.batch
         assert batch is not None
         assert batch.task is not None
@@ -142,7 +176,7 @@ class Scheduler:
     async def _run(self, batch: _Batch) -> None:
         try:
             async with self._slots:
-                batch.jobs = [job for job in batch.jobs if job.waiting_calls]
+                batch.jobs = [job for job in batch.jobs if job.wanted()]
                 batch.started = True
                 outcomes = await self._judge([job.entry.sample for job in batch.jobs])
             for job, outcome in zip(batch.jobs, outcomes, strict=True):
@@ -151,7 +185,7 @@ class Scheduler:
                 job.outcome.set_result(outcome)
             metrics.REMEMBERED_SAMPLES.set(len(self._memory))
         except asyncio.CancelledError:
-            # _give_up cancels only what nobody waits for; the rest is the process ending, or the reward itself.
+            # We cancel only what nobody waits for; the rest is the process ending, or the reward itself.
             self._fail(batch, failures.unavailable("the reward was cancelled"))
         except Exception as error:
             self._fail(batch, error)
@@ -161,9 +195,13 @@ class Scheduler:
             self._batches.discard(batch)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
-        for job in batch.jobs:
-            if job.waiting_calls:
-                job.outcome.set_exception(error)
+        wanted = [job for job in batch.jobs if job.wanted()]
+        for job in wanted:
+            job.outcome.set_exception(error)
+            # Asked for here, or asyncio complains of it when only calls that will come back want it.
+            job.outcome.exception()
+        if wanted and not any(job.waiting_calls for job in wanted):
+            _log.error("a batch failed while no call waited for it", samples=len(wanted), exc_info=error)
 
     async def _judge(self, samples: Sequence[Sample]) -> list[Outcome]:
         metrics.BATCH_SAMPLES.observe(len(samples))
@@ -175,3 +213,7 @@ class Scheduler:
         # A moving average is enough to tell a refused client when to come back.
         self._seconds_per_sample += 0.2 * (seconds / len(samples) - self._seconds_per_sample)
         return outcomes
+
+
+def _answered(job: _Job, come_back: Pending) -> Outcome:
+    return job.outcome.result() if job.outcome.done() else come_back

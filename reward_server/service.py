@@ -58,7 +58,8 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             else:
                 key = SampleKey(request.run_id, sample.sample_id)
                 entries.append(Entry(key, fingerprint(sample, json_keys), decoded))
-        for entry, outcome in zip(entries, await self._scheduler.score(entries), strict=True):
+        judged = await self._scheduler.score(entries, _patience(context))
+        for entry, outcome in zip(entries, judged, strict=True):
             outcomes[entry.key.sample_id] = outcome
         return reward_pb2.ScoreResponse(
             results=[encode(sample.sample_id, outcomes[sample.sample_id]) for sample in request.samples]
@@ -84,3 +85,11 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         if reward not in ("", self._description.name):
             only = self._description.name
             raise failures.not_found("reward", f"reward {reward[:64]!r} (the only one here is {only!r})")
+
+
+def _patience(context: _Context) -> float | None:
+    """Seconds to judge in, so that the answer arrives within the call's deadline; None = the call has none."""
+    remaining: float | None = context.time_remaining()
+    if remaining is None:
+        return None
+    return max(0.0, remaining - min(1.0, max(0.05, remaining / 10)))

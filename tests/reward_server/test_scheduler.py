@@ -9,9 +9,10 @@ import pytest
 
 from reward_server.kinds import Description, Sample
 from reward_server.memory import OutcomeMemory, SampleKey
-from reward_server.results import Outcome, Scored
+from reward_server.results import Outcome, Pending, Scored
 from reward_server.scheduler import Entry, Scheduler
 from rlhf.failures import RpcFailure
+from tests.reward_server.conftest import until
 
 
 class GatedReward:
@@ -123,3 +124,53 @@ async def test_a_reward_that_breaks_fails_the_call_and_not_the_next() -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             await queue.score([entry("a")])
+
+
+async def test_what_is_judged_in_time_is_answered_beside_what_is_pending() -> None:
+    reward = GatedReward()
+    queue = scheduler(reward, max_queue_samples=10)
+    reward.gate.set()
+    await queue.score([entry("a")])
+    reward.gate.clear()
+    quick, slow = await queue.score([entry("a"), entry("b")], 0.01)
+    assert quick == Scored(1.0)
+    assert isinstance(slow, Pending)
+    assert 0 < slow.retry_after <= 30
+
+
+@pytest.mark.parametrize("stoppable", [True, False])
+async def test_work_that_was_answered_pending_goes_on(stoppable: bool) -> None:
+    reward = GatedReward(stoppable=stoppable)
+    queue = scheduler(reward, max_queue_samples=10, batch_size=1)
+    await queue.score([entry("a"), entry("b")], 0.01)
+    reward.gate.set()
+    assert await queue.score([entry("a"), entry("b")]) == [Scored(1.0), Scored(1.0)]
+    assert reward.judged == ["a", "b"]
+
+
+async def test_work_that_was_answered_pending_is_given_up_when_nobody_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reward_server.scheduler._PATIENCE_SECONDS", 0.0)
+    reward = GatedReward(stoppable=True)
+    queue = scheduler(reward)
+    await queue.score([entry("a")], 0.01)
+    await until(lambda: reward.stopped)
+
+
+async def test_a_batch_that_fails_while_no_call_waits_is_logged_and_begun_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class BreaksOnce(GatedReward):
+        async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+            if not self.judged:
+                await super().score(samples)
+                raise ZeroDivisionError
+            return await super().score(samples)
+
+    reward = BreaksOnce()
+    queue = scheduler(reward)
+    await queue.score([entry("a")], 0.01)
+    reward.gate.set()
+    await until(lambda: "no call waited" in caplog.text)
+    assert await queue.score([entry("a")]) == [Scored(1.0)]

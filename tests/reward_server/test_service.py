@@ -365,9 +365,22 @@ async def test_a_call_larger_than_the_queue_gets_in_when_the_queue_is_empty(serv
     assert len((await stub.Score(request(*(sample(str(i)) for i in range(5))))).results) == 5
 
 
+async def test_what_takes_longer_than_the_deadline_is_pending_and_is_judged_once(serve: Serve) -> None:
+    stub = await serve("waits", batch_size=1)
+    response = await stub.Score(request(sample("a"), sample("b")), timeout=0.5)
+    assert outcomes(response) == {"a": "pending", "b": "pending"}
+    assert all(result.pending.retry_after.ToTimedelta().total_seconds() > 0 for result in response.results)
+    example_rewards.gate.set()
+    response = await stub.Score(request(sample("a"), sample("b")), timeout=10)
+    assert outcomes(response) == {"a": "scored", "b": "scored"}
+    assert len(example_rewards.calls) == 2
+
+
 async def test_an_answer_that_nobody_waited_for_is_kept(serve: Serve) -> None:
     stub = await serve("waits")
-    await failure(stub.Score(request(sample("a")), timeout=0.3))
+    call = asyncio.ensure_future(stub.Score(request(sample("a"))))
+    await until(lambda: example_rewards.calls)
+    call.cancel()
     example_rewards.gate.set()
     (result,) = (await stub.Score(request(sample("a")))).results
     assert result.HasField("scored")
