@@ -16,7 +16,7 @@ from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
 from trainer.learning.learner import PPOLearner
 from trainer.metrics import TrainerMetrics
-from trainer.run.checkpoints import CheckpointStore, RunState, load_learner_state, load_state
+from trainer.run.checkpoints import CheckpointStore, RunState, exported_step, load_learner_state, load_state
 from trainer.run.loading import Loaded, load
 from trainer.run.loop import Parts, Plan, TrainingLoop
 from trainer.run.progress import Progress
@@ -56,7 +56,11 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
     checkpoint = checkpoints.latest()
     stored = load_state(checkpoint) if checkpoint is not None else None
     model_folder = settings.run_dir / "model"
-    if stored is not None and stored.completed_step >= settings.steps and model_folder.exists():
+    if (
+        stored is not None
+        and stored.completed_step >= settings.steps
+        and (exported_step(model_folder) == stored.completed_step)
+    ):
         _log.info("the run is finished already", steps=stored.completed_step, model=str(model_folder))
         return 0
     with bound_context(run_id=identity.run_id):

@@ -27,6 +27,7 @@ from trainer.tokenizers import Saveable, save_tokenizer
 
 _STATE_FILE = "trainer_state.json"
 _LEARNER_FILE = "learner.pt"
+_EXPORT_FILE = "export.json"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -106,11 +107,21 @@ class CheckpointStore:
         return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
 
 
-def save_model(folder: Path, *, model: Saveable, tokenizer: Saveable) -> None:
-    """Write the finished run's model to `folder`, replacing what an earlier finish left there."""
+def save_model(folder: Path, *, step: int, model: Saveable, tokenizer: Saveable) -> None:
+    """Write the finished run's model to `folder`, replacing what an earlier finish left there; `step` is its last."""
     with _durable_folder(folder) as partial:
         model.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
+        (partial / _EXPORT_FILE).write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+def exported_step(folder: Path) -> int | None:
+    """The last step of the finished run whose model `save_model` wrote to `folder`; None = there is none."""
+    file = folder / _EXPORT_FILE
+    if not file.exists():
+        return None
+    step: int = json.loads(file.read_text(encoding="utf-8"))["step"]
+    return step
 
 
 def load_state(checkpoint: Path) -> RunState:
@@ -159,8 +170,12 @@ def _restore_random_states(states: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _durable_folder(final: Path) -> Iterator[Path]:
-    """A new folder to fill, which gets the name `final` once everything in it is on disk; an older `final` goes."""
+    """A new folder to fill, which gets the name `final` once everything in it is on disk; an older `final` goes.
+
+    Whatever lies at `final` is whole at any time; for an instant between two renames there is nothing.
+    """
     partial = final.with_name(f".partial-{final.name}")
+    replaced = final.with_name(f".partial-replaced-{final.name}")
     final.parent.mkdir(parents=True, exist_ok=True)
     for interrupted in final.parent.glob(".partial-*"):
         shutil.rmtree(interrupted)
@@ -168,9 +183,11 @@ def _durable_folder(final: Path) -> Iterator[Path]:
     yield partial
     _sync_tree(partial)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     sync_folder(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -119,7 +119,12 @@ class TrainingLoop:
         """Write the model and its tokenizer to `folder`, as transformers loads them."""
         with self._phase("export"):
             await self._in_model_thread(
-                lambda: save_model(folder, model=self._parts.model, tokenizer=self._parts.tokenizer)
+                lambda: save_model(
+                    folder,
+                    step=self.state.completed_step,
+                    model=self._parts.model,
+                    tokenizer=self._parts.tokenizer,
+                )
             )
 
     async def _train_one_step(self) -> None:

@@ -18,6 +18,7 @@ from trainer.run.checkpoints import (
     CheckpointStore,
     Pins,
     RunState,
+    exported_step,
     load_learner_state,
     load_state,
     realign_parameters,
@@ -133,10 +134,37 @@ def test_the_final_model_replaces_an_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "stale").touch()
 
-    save_model(tmp_path / "model", model=Nothing(), tokenizer=Nothing())
+    save_model(tmp_path / "model", step=3, model=Nothing(), tokenizer=Nothing())
 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.safetensors"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.safetensors", "export.json"}
+
+
+def test_the_final_model_tells_its_step_and_what_was_not_exported_has_none(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert exported_step(tmp_path / "model") is None
+
+    save_model(tmp_path / "model", step=3, model=Nothing(), tokenizer=Nothing())
+
+    assert exported_step(tmp_path / "model") == 3
+
+
+def test_no_half_deleted_model_ever_bears_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "model", step=1, model=Nothing(), tokenizer=Nothing())
+
+    def died(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", died)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(tmp_path / "model", step=2, model=Nothing(), tokenizer=Nothing())
+    assert exported_step(tmp_path / "model") == 2
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+    save_model(tmp_path / "model", step=3, model=Nothing(), tokenizer=Nothing())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_realigned_parameters_lie_on_64_bytes_and_tied_ones_stay_tied(tmp_path: Path) -> None:
