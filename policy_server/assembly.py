@@ -73,7 +73,7 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     )
     policy_service = PolicyService(
         engine,
-        PromptEncoder(models.tokenizer),
+        PromptEncoder(models.tokenizer, max_waiting=settings.max_queue_requests),
         announcement=Announcement(
             tokenizer_digest=tokenizer_digest(models.tokenizer),
             max_message_bytes=settings.max_message_bytes,

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from policy_server.validation import Violations, check_ids
-from rlhf.failures import failed_precondition, invalid_argument
+from policy_server.validation import Limits, Violations, check_ids
+from rlhf.failures import failed_precondition, invalid_argument, overloaded
 from rlhf.policy.v1 import policy_pb2
 
 # Arguments of apply_chat_template that steer the renderer, not the template, and are the server's alone; a
@@ -36,6 +36,7 @@ _RENDERERS_ARGUMENTS = frozenset(
 )
 _TURN_FIELDS = frozenset({"role", "content"})
 _LONGEST_QUOTE = 300
+_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,16 @@ class Conversation:
 PromptSource = tuple[int, ...] | str | Conversation
 
 
-def read_prompt(violations: Violations, prompt: policy_pb2.Prompt, path: str, *, vocab_size: int) -> PromptSource:
+def read_prompt(violations: Violations, prompt: policy_pb2.Prompt, path: str, limits: Limits) -> PromptSource:
     """What is to be encoded of `prompt`, which stands at field path `path`; what is wrong goes to `violations`."""
     kind = prompt.WhichOneof("kind")
     if kind == "token_ids":
+        if len(prompt.token_ids.ids) >= limits.max_context_tokens:
+            violations.add(path, _too_long(f"{len(prompt.token_ids.ids)} tokens", limits.max_context_tokens))
+            return ()
         ids = tuple(prompt.token_ids.ids)
         violations.check(bool(ids), f"{path}.token_ids.ids", "at least one token is required")
-        check_ids(violations, ids, f"{path}.token_ids.ids", vocab_size)
+        check_ids(violations, ids, f"{path}.token_ids.ids", limits.vocab_size)
         return ids
     if kind == "chat":
         return _read_chat(violations, prompt.chat, f"{path}.chat")
@@ -68,43 +72,60 @@ class PromptEncoder:
     """Turns prompts into ids with a copy of the tokenizer of its own, on a thread of its own.
 
     Tokenizing a long text takes longer than the event loop may stand still, and a fast tokenizer must not be used by
-    two threads at a time.
+    two threads at a time. `max_waiting` prompts may wait for it, and those that no model could take are not encoded.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_waiting: int) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._longest_token = max(map(len, tokenizer.get_vocab()))  # characters
+        self._max_waiting = max_waiting
+        self._waiting = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
 
-    async def encode(self, source: PromptSource, *, path: str) -> tuple[int, ...]:
+    async def encode(self, source: PromptSource, *, path: str, max_tokens: int) -> tuple[int, ...]:
         """Token ids of a prompt that `read_prompt` accepted at field path `path`; their range is not checked here.
 
-        Raises failed_precondition NO_CHAT_TEMPLATE, and invalid_argument for a conversation that the template refuses
-        and for what encodes to no token.
+        Raises failed_precondition NO_CHAT_TEMPLATE, overloaded, and invalid_argument for a conversation that the
+        template refuses, for what encodes to no token, and for text too long for `max_tokens` of any kind.
         """
         if isinstance(source, tuple):
             return source
         if isinstance(source, str):
-            path, ids = f"{path}.text", await self._on_thread(lambda: self._encode_text(source))
+            self._check_length(source, path, max_tokens)
+            kind, ids = "text", await self._on_thread(lambda: self._encode_text(source))
         else:
-            path, ids = f"{path}.chat", await self._on_thread(lambda: self._encode_chat(source, f"{path}.chat"))
+            kind, ids = "chat", await self._on_thread(lambda: self._encode_chat(source, path, max_tokens))
         if not ids:
-            raise invalid_argument(path, "holds nothing that the tokenizer makes a token of")
+            raise invalid_argument(f"{path}.{kind}", "holds nothing that the tokenizer makes a token of")
         return ids
 
     async def _on_thread(self, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        if self._waiting >= self._max_waiting:
+            raise overloaded(f"{self._waiting} prompts are waiting to be encoded", _RETRY_SECONDS)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._waiting -= 1
+
+    def _check_length(self, text: str, path: str, max_tokens: int) -> None:
+        if len(text) > self._longest_token * max_tokens:
+            raise invalid_argument(path, _too_long(f"{len(text)} characters", max_tokens))
 
     def _encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         # verbose: a prompt beyond model_max_length is refused by validation, the tokenizer need not warn as well
         return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def _encode_chat(self, chat: Conversation, path: str) -> tuple[int, ...]:
+    def _encode_chat(self, chat: Conversation, path: str, max_tokens: int) -> tuple[int, ...]:
         if not self._tokenizer.chat_template:
             raise failed_precondition("NO_CHAT_TEMPLATE", "the model has no chat template: send text or token ids")
         try:
             rendered = self._tokenizer.apply_chat_template(chat.turns, tokenize=False, **chat.arguments)
         except Exception as error:  # a template is a program: what it raises on this input is for the caller to mend
-            raise invalid_argument(path, f"the chat template refused the conversation: {_quote(error)}") from error
+            raise invalid_argument(
+                f"{path}.chat", f"the chat template refused the conversation: {_quote(error)}"
+            ) from error
+        self._check_length(str(rendered), path, max_tokens)
         return self._encode_text(str(rendered), add_special_tokens=False)  # the template has written them
 
 
@@ -145,6 +166,10 @@ def _read_json_object(violations: Violations, text: str, path: str) -> dict[str,
         violations.add(path, "must be a JSON object")
         return {}
     return value
+
+
+def _too_long(what: str, max_tokens: int) -> str:
+    return f"its {what} leave no room for one more within max_context_tokens = {max_tokens}"
 
 
 def _quote(error: Exception) -> str:

@@ -162,7 +162,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     ) -> protocol.GenerationRequest:
         """What the engine is asked; the checks come in the order of the contract's table."""
         limits = self._limits(request.model, path)
-        source = read_prompt(violations, request.prompt, f"{path}prompt", vocab_size=limits.vocab_size)
+        source = read_prompt(violations, request.prompt, f"{path}prompt", limits)
         wanted = validation.generation_request(
             violations,
             request,
@@ -173,7 +173,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             path=path,
         )
         violations.raise_if_any()
-        ids = await self._prompts.encode(source, path=f"{path}prompt")
+        ids = await self._prompts.encode(source, path=f"{path}prompt", max_tokens=limits.max_context_tokens)
         validation.check_room(ids, wanted.completion_prefix, limits, path=f"{path}prompt")
         return replace(wanted, prompt_token_ids=ids)
 

@@ -77,15 +77,24 @@ def generation_request(
     `path` is the prefix of every field path ("request." inside a streaming request).
     """
     sampling = _sampling(violations, message.sampling, limits, f"{path}sampling")
-    prefix = tuple(message.completion_prefix)
-    if prefix:
-        check_ids(violations, prefix, f"{path}completion_prefix", limits.vocab_size)
+    prefix: tuple[int, ...] = ()
+    if message.completion_prefix:
         violations.check(sampling.n == 1, f"{path}sampling.n", "must be 1 with a completion_prefix")
-        violations.check(
-            len(prefix) < max(sampling.max_new_tokens, 1),
-            f"{path}completion_prefix",
-            f"its {len(prefix)} tokens leave none of max_new_tokens = {sampling.max_new_tokens}",
-        )
+        length, most = len(message.completion_prefix), max(sampling.max_new_tokens, 1)
+        if length < min(most, limits.max_context_tokens):
+            prefix = tuple(message.completion_prefix)
+            check_ids(violations, prefix, f"{path}completion_prefix", limits.vocab_size)
+        elif length >= most:
+            violations.add(
+                f"{path}completion_prefix",
+                f"its {length} tokens leave none of max_new_tokens = {sampling.max_new_tokens}",
+            )
+        else:
+            violations.add(
+                f"{path}prompt",
+                f"the {length} tokens of completion_prefix leave no room within"
+                f" max_context_tokens = {limits.max_context_tokens}",
+            )
     for index, kind in enumerate(message.logprobs):
         violations.check(
             kind in LOGPROB_KINDS and kind not in message.logprobs[:index],
@@ -125,6 +134,11 @@ def scoring_request(message: policy_pb2.LogProbsRequest, limits: Limits, *, requ
     """What the engine is asked for `message`. Raises invalid_argument."""
     violations = Violations()
     violations.check(bool(message.sequences), "sequences", "at least one is required")
+    total = sum(len(each.prompt_token_ids) + len(each.completion_token_ids) for each in message.sequences)
+    if total > limits.max_log_probs_tokens:  # checking each of so many would hold everybody up
+        raise invalid_argument(
+            "sequences", f"{total} tokens are more than max_log_probs_tokens = {limits.max_log_probs_tokens}"
+        )
     sequences = []
     for index, sequence in enumerate(message.sequences):
         path = f"sequences[{index}]"
@@ -139,12 +153,6 @@ def scoring_request(message: policy_pb2.LogProbsRequest, limits: Limits, *, requ
             f"{length} tokens are more than max_context_tokens = {limits.max_context_tokens}",
         )
         sequences.append((prompt, completion))
-    total = sum(len(prompt) + len(completion) for prompt, completion in sequences)
-    violations.check(
-        total <= limits.max_log_probs_tokens,
-        "sequences",
-        f"{total} tokens are more than max_log_probs_tokens = {limits.max_log_probs_tokens}",
-    )
     temperature = message.temperature if message.HasField("temperature") else 1.0
     violations.check(math.isfinite(temperature) and temperature > 0, "temperature", "must be finite and above 0")
     weights = _precondition(violations, message, "")

@@ -311,7 +311,7 @@ def test_whatever_passes_validation_is_legal_for_the_engine(
     message = policy_pb2.GenerateRequest(prompt=tokens(*ids), sampling=params, completion_prefix=prefix)
     violations = validation.Violations()
     try:
-        read_prompt(violations, message.prompt, "prompt", vocab_size=LIMITS.vocab_size)
+        read_prompt(violations, message.prompt, "prompt", LIMITS)
         wanted = validation.generation_request(
             violations,
             message,
