@@ -249,6 +249,8 @@ class EngineWorker:
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
         self._resuming = [row for row in self._resuming if row.live]
         self._waiting.drop_done()
+        for job in [each for each in self._scorings if each.cancelled]:
+            self._leave_scoring(job)
 
     # Scores
 
@@ -256,9 +258,6 @@ class EngineWorker:
         if not self._scorings:
             return
         job = self._scorings[0]
-        if job.cancelled:
-            self._leave_scoring(job)
-            return
         batch = job.plan[job.finished]
         sequences = [job.request.sequences[place] for place in batch.sequences]
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]

@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from policy_server import metrics
+from policy_server import metrics, updates
 from policy_server.staging import Staging
 from rlhf.policy.v1 import policy_pb2
 from rlhf.weights.v1 import weights_pb2
@@ -246,6 +246,24 @@ async def test_failed_updates_leave_no_staged_copy_in_memory(served: Served, oth
             await publish(served, stream)
 
     await until(nothing_is_staged, within=5.0)
+
+
+async def test_without_memory_to_stage_the_writer_is_told_when_to_come_back(
+    served: Served, other_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = update(weights_of(other_model), version(1))
+
+    def no_memory(_: object) -> Staging:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "Staging", no_memory)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED") as caught:
+            await publish(served, stream)
+    assert caught.failure.retry_after
+    assert await state(served, "run-a/1/1") == weights_pb2.UPDATE_STATE_FAILED
+
+    assert (await publish(served, stream)).state == APPLIED
 
 
 # Cut streams
@@ -484,7 +502,7 @@ MISTAKES: dict[str, tuple[Callable[[Stream], None], grpc.StatusCode, str, str]] 
         edit(lambda s: setattr(s.begin, "total_bytes", 1 << 40)),
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "",
-        "",
+        "TOO_LARGE",
     ),
     "a directory without a root": (
         spoil(directory=weights_pb2.DirectorySource(path="x")),
@@ -575,8 +593,9 @@ async def test_a_mistake_gets_its_code_and_the_old_version_keeps_serving(
     stream = update(new_weights, version(8))
     spoil_it(stream)
 
-    with refused(code, field, reason):
+    with refused(code, field, reason) as caught:
         await publish(shared, stream)
+    assert caught.failure.retry_after is None
 
     assert await greedy(shared) == before
     assert await live(shared) == version(7)

@@ -149,6 +149,20 @@ async def test_an_unmet_precondition_fails_the_scores() -> None:
     assert caught.value.reason == "WEIGHTS_BEHIND"
 
 
+async def test_a_cancelled_caller_gives_its_place_in_the_queue_back_while_another_is_scored() -> None:
+    watcher = Watcher()
+    async with running(loaded(make_model("gpt2")), score_tokens=32, max_queue_requests=2, observer=watcher) as engine:
+        long = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", pairs(2000))))
+        await until(lambda: watcher.by_phase[Phase.SCORE] > 0)
+        behind = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", pairs(1))))
+        await until(lambda: watcher.waiting == 2)
+        behind.cancel()
+        await until(lambda: watcher.waiting == 1)
+        assert not long.done()
+        long.cancel()
+        await asyncio.gather(long, behind, return_exceptions=True)
+
+
 async def test_a_cancelled_caller_gets_no_further_micro_batches() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), score_tokens=32, max_queue_requests=1, observer=watcher) as engine:
