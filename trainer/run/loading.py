@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,24 @@ def _records(settings: TrainerSettings) -> tuple[Sequence[Record], Sequence[Reco
     if settings.eval_data is not None:
         others = load_records(settings.eval_data, column=settings.prompt_column, split=settings.eval_split)
         return records, others[: settings.eval_prompts]
-    count = min(settings.eval_prompts, len(records) // 5)
-    shuffled = sorted(records, key=lambda record: derive_seed(settings.seed, "held out", record.row))
-    held_out = shuffled[:count]
+    return split_off_held_out(records, most=min(settings.eval_prompts, len(records) // 5), seed=settings.seed)
+
+
+def split_off_held_out(records: Sequence[Record], *, most: int, seed: int) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Records to train on, and up to `most` others to evaluate on; no prompt is in both, however often it is repeated.
+
+    A function of the records and the seed alone.
+    """
+    repeated: dict[str, list[Record]] = {}
+    for record in records:
+        repeated.setdefault(json.dumps(record.prompt, default=str), []).append(record)
+    held_out: list[Record] = []
+    for group in sorted(repeated.values(), key=lambda group: derive_seed(seed, "held out", group[0].row)):
+        if len(held_out) + len(group) <= most:
+            held_out += group
     rows = {record.row for record in held_out}
+    if most and not held_out:
+        _log.warning("the data repeats its prompts so often that none can be held out; give --eval-data")
     return [record for record in records if record.row not in rows], held_out
 
 
