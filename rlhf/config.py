@@ -170,8 +170,11 @@ def _file(path: Path, known: Sequence[str]) -> dict[str, _Given]:
     return {name: _Given(value, f"{name} in {path}", known) for name, value in content.items()}
 
 
-# What Kubernetes puts into every pod for a Service named like our prefix, "rlhf-policy" for one.
-_SERVICE_LINK = re.compile(r"(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+# What Kubernetes puts into every pod for a Service whose name is our prefix ("rlhf-policy") or begins with it
+# ("rlhf-policy-server"). The address tells the port of a Service "rlhf-policy-metrics" from our setting metrics_port.
+_SERVICE_LINK = re.compile(
+    r"(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(?==\w+://)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.+"
+)
 
 
 def _environment(prefix: str, environment: Mapping[str, str], names: Sequence[str]) -> dict[str, _Given]:
@@ -180,7 +183,7 @@ def _environment(prefix: str, environment: Mapping[str, str], names: Sequence[st
     given = {}
     for variable, value in sorted(environment.items()):
         name = variable.removeprefix(prefix)
-        if prefix and variable != name and name and value and not _SERVICE_LINK.fullmatch(name):
+        if prefix and variable != name and name and value and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
             given[name.lower()] = _Given(value, variable, known)
     return given
 

@@ -197,13 +197,24 @@ def test_a_file_that_is_no_settings_is_refused(
     assert said in mistakes(capsys, "--config", str(file))
 
 
+@pytest.mark.parametrize("service", ["", "SERVER_", "METRICS_"])
 def test_variables_that_kubernetes_adds_for_a_service_of_our_name_are_no_settings(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, service: str
 ) -> None:
     for name in ("SERVICE_HOST", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR"):
-        monkeypatch.setenv(f"RLHF_TEST_{name}", "tcp://10.0.0.1:50051")
+        monkeypatch.setenv(f"RLHF_TEST_{service}{name}", "tcp://10.0.0.1:50051")
 
-    assert load("--model", "m").model == "m"
+    settings = load("--model", "m")
+    assert settings.model == "m"
+    assert settings.metrics_port == Settings.model_fields["metrics_port"].default
+
+
+def test_a_mistyped_variable_that_ends_like_one_of_kubernetes_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_TEST_METRIC_PORT", "9090")
+
+    assert "RLHF_TEST_METRICS_PORT" in mistakes(capsys, "--model", "m")
 
 
 def test_help_lists_every_setting_with_type_unit_and_default(
