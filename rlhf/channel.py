@@ -29,7 +29,6 @@ RUN_ID_KEY = "x-rlhf-run-id"
 STEP_KEY = "x-rlhf-step"
 REQUEST_ID_KEY = "x-request-id"
 
-# rlhf/server.py allows pings this often; a server that does not would drop the connection.
 KEEPALIVE_SECONDS = 30
 _KEEPALIVE_TIMEOUT_SECONDS = 20
 
@@ -40,6 +39,20 @@ _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 _log = get_logger(__name__)
 # Of its own, so that jitter never moves the random numbers of a run.
 _random = random.Random()
+
+
+@dataclass(frozen=True)
+class Keepalive:
+    """How often, in seconds, a client pings a connection to learn that it is dead, and whether without a call too."""
+
+    seconds: float
+    without_calls: bool
+
+
+# rlhf/server.py allows pings this often.
+OWN_SERVERS = Keepalive(seconds=KEEPALIVE_SECONDS, without_calls=True)
+# gRPC's servers in Go, Java and C++ end connections that ping more often than every 300 seconds, or without a call.
+ANY_SERVERS = Keepalive(seconds=330, without_calls=False)
 
 
 @dataclass(frozen=True)
@@ -70,17 +83,20 @@ class Waiting:
 OnWait = Callable[[Waiting], None]
 
 
-def open_channel(target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+def open_channel(
+    target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, keepalive: Keepalive = OWN_SERVERS
+) -> grpc.aio.Channel:
     """A channel without TLS to "host:port" or any other name that gRPC resolves; nothing is connected yet.
 
-    max_message_bytes: largest message either way; the server's own limit applies too.
+    max_message_bytes: largest message either way; the server's own limit applies too. keepalive: ANY_SERVERS
+    for servers that others may have written.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+        ("grpc.keepalive_time_ms", round(keepalive.seconds * 1000)),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_SECONDS * 1000),
-        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.keepalive_permit_without_calls", int(keepalive.without_calls)),
         ("grpc.http2.max_pings_without_data", 0),
         # gRPC's own maximum of two minutes would hide a restarted server that long.
         ("grpc.initial_reconnect_backoff_ms", 100),

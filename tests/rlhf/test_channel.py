@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 from collections.abc import Callable
 
@@ -8,7 +10,16 @@ import grpc
 import pytest
 
 from rlhf import failures
-from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel, wait_until_ready
+from rlhf.channel import (
+    ANY_SERVERS,
+    Keepalive,
+    RetryPolicy,
+    Waiting,
+    call_metadata,
+    call_with_retry,
+    open_channel,
+    wait_until_ready,
+)
 from rlhf.failures import RpcFailure
 from tests.rlhf.conftest import Serve
 from tests.support.scripted_server import SERVICE, ScriptedServicer, Stub
@@ -146,6 +157,50 @@ async def test_calls_outlive_a_server_that_goes_and_comes_back(serve: Serve) -> 
         await asyncio.wait_for(waiting.wait(), 5)
         async with serve(listen=address):
             assert await asyncio.wait_for(call, 10) == {"a": 1}
+
+
+async def test_a_channel_without_calls_pings_only_where_it_may() -> None:
+    pings: list[str] = []
+    pinged_often = asyncio.Event()
+    connections: list[asyncio.Task[None] | None] = []
+
+    async def count_pings(name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As much of an HTTP/2 server as a client without calls needs."""
+        connections.append(asyncio.current_task())
+        writer.write(b"\0\0\0\x04\0\0\0\0\0")  # our settings: none
+        await reader.readexactly(len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while header := await reader.readexactly(9):
+                payload = await reader.readexactly(int.from_bytes(header[:3]))
+                kind, flags = header[3], header[4]
+                if kind == 0x4 and not flags:
+                    writer.write(b"\0\0\0\x04\x01\0\0\0\0")  # acknowledges the client's settings
+                if kind == 0x6 and not flags:
+                    pings.append(name)
+                    writer.write(b"\0\0\x08\x06\x01\0\0\0\0" + payload)
+                    if pings.count("eager") == 3:
+                        pinged_often.set()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+    async with contextlib.AsyncExitStack() as stack:
+        for name, without_calls in (("quiet", False), ("eager", True)):
+            server = await asyncio.start_server(functools.partial(count_pings, name), "127.0.0.1", 0)
+            stack.callback(server.close)
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            keepalive = Keepalive(seconds=0.1, without_calls=without_calls)
+            channel = await stack.enter_async_context(open_channel(address, keepalive=keepalive))
+            await asyncio.wait_for(channel.channel_ready(), 10)
+        await asyncio.wait_for(pinged_often.wait(), 10)
+
+    await asyncio.gather(*filter(None, connections))
+    assert "quiet" not in pings
+
+
+def test_servers_of_others_are_pinged_as_seldom_as_grpc_demands() -> None:
+    assert ANY_SERVERS.seconds > 300
+    assert not ANY_SERVERS.without_calls
 
 
 async def test_pauses_grow_to_a_maximum_however_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from rlhf.channel import RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel
+from rlhf.channel import ANY_SERVERS, RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel
 from rlhf.failures import from_rpc_error
 from rlhf.logs import get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
@@ -128,7 +128,7 @@ class RewardClient:
         self._retry = retry or RetryPolicy()
         self._watch = watch
         self._metadata = tuple(metadata) or call_metadata(run_id=run_id)
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, keepalive=ANY_SERVERS)
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._info: RewardInfo | None = None
         self._queue: deque[_Job] = deque()
@@ -199,6 +199,12 @@ class RewardClient:
                 raise from_rpc_error(error) from error
 
         answer = await self._retried(attempt)
+        if not answer.version:
+            raise BrokenServerError(f"reward server {self.target} states no version, so a run can't be held to it")
+        if answer.scope not in reward_pb2.Scope.values():
+            raise BrokenServerError(
+                f"reward server {self.target} scores by scope {answer.scope}, which this trainer does not know"
+            )
         return RewardInfo(
             name=answer.name,
             version=answer.version,
