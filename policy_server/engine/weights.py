@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from policy_server.engine.protocol import ParameterSpec
-from rlhf import failures
 
 ALIGNMENT = 64  # bytes; vectorised kernels take other paths, with other last bits, on other alignments
 
@@ -25,27 +24,11 @@ class ParameterTable:
             specs.append(ParameterSpec(name, tuple(parameter.shape), tied_to=None if first == name else first))
         self.specs: Sequence[ParameterSpec] = tuple(specs)
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise invalid_arguments for unknown names, wrong shapes, and tied names sent with different values."""
-        violations = []
-        sent: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            parameter = self._parameters.get(name)
-            if parameter is None:
-                violations.append(failures.FieldViolation(f"tensors[{name}]", "is no parameter of the model"))
-                continue
-            if tensor.shape != parameter.shape:
-                description = f"has shape {list(tensor.shape)}; the model's is {list(parameter.shape)}"
-                violations.append(failures.FieldViolation(f"tensors[{name}]", description))
-                continue
-            twin = sent.setdefault(id(parameter), name)
-            if twin != name and not torch.equal(tensor.to(parameter.dtype), tensors[twin].to(parameter.dtype)):
-                violations.append(failures.FieldViolation(f"tensors[{name}]", f"is tied to {twin} but not equal to it"))
-        if violations:
-            raise failures.invalid_arguments(violations)
-
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy checked tensors into the existing parameters, cast to their dtype; those not named keep their values."""
+        """Copy tensors, whose names and shapes are as in `specs`, into the parameters, cast to their dtype.
+
+        Those not named keep their values.
+        """
         # A copy that casts within one memory, or crosses without casting, allocates nothing: it can't fail half-way.
         ready = {
             name: tensor if tensor.device == self._parameters[name].device else tensor.to(self._parameters[name].dtype)

@@ -303,7 +303,6 @@ class EngineWorker:
         started = time.perf_counter()
         try:
             check_swap(job.version, self._policy.version, job.if_current)
-            self._parameters.check(job.tensors)
             self._parameters.load(job.tensors)
         except Exception as error:
             if not isinstance(error, RpcFailure):
