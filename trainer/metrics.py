@@ -14,6 +14,7 @@ _log = get_logger(__name__)
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 # Reward servers choose these names; each is a time series for as long as the process lives.
 _MOST_COMPONENTS = 100
+_MOST_CODES = 50
 
 
 class TrainerMetrics:
@@ -23,6 +24,7 @@ class TrainerMetrics:
         self._registry = registry
         self._statistics: dict[str, Gauge | None] = {}
         self._components: set[str] = set()
+        self._codes: set[str] = set()
         self.step = Gauge("rlhf_trainer_step", "Completed PPO steps of the run.", registry=registry)
         self.steps_planned = Gauge(
             "rlhf_trainer_steps_planned", "PPO steps after which the run ends.", registry=registry
@@ -64,8 +66,11 @@ class TrainerMetrics:
             registry=registry,
         )
         self.samples_trained = Counter("rlhf_trainer_samples_trained", "Samples trained on.", registry=registry)
-        self.samples_dropped = Counter(
-            "rlhf_trainer_samples_dropped", "Prompts not trained on, by reason.", ["reason"], registry=registry
+        self._samples_dropped = Counter(
+            "rlhf_trainer_samples_dropped",
+            "Prompts not trained on, by reason, and by the reward server's code where it failed.",
+            ["reason", "code"],
+            registry=registry,
         )
         self.publishes = Counter(
             "rlhf_trainer_publishes", "Weights brought live on the policy server.", registry=registry
@@ -94,6 +99,14 @@ class TrainerMetrics:
                 if len(self._components) == _MOST_COMPONENTS:
                     _log.warning("the metrics show no further reward components", shown=_MOST_COMPONENTS)
             self.reward_component.labels(name=name).set(value)
+
+    def count_dropped(self, reason: str, code: str, count: int) -> None:
+        """`code` is what the reward server gave, "" for other reasons; "OTHER" once there are many codes."""
+        if code not in self._codes and len(self._codes) == _MOST_CODES:
+            code = "OTHER"
+        elif code:
+            self._codes.add(code)
+        self._samples_dropped.labels(reason=reason, code=code).inc(count)
 
     def _statistic_gauge(self, name: str) -> Gauge | None:
         metric = "rlhf_trainer_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)

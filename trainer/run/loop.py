@@ -238,8 +238,11 @@ class TrainingLoop:
         for line in lines:
             parts.records.accounting.write(line)
         dropped = Counter(line["reason"] for line in lines if line["outcome"] == "dropped")
-        for reason, count in dropped.items():
-            parts.metrics.samples_dropped.labels(reason=reason).inc(count)
+        failed = Counter(line["code"] for line in lines if "code" in line)
+        for (reason, code), count in Counter(
+            (line["reason"], line.get("code", "")) for line in lines if line["outcome"] == "dropped"
+        ).items():
+            parts.metrics.count_dropped(reason, code, count)
         tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
         components = _reward_components(rollouts)
         numbers = {**numbers, **_rollout_statistics(rollouts)}
@@ -250,6 +253,7 @@ class TrainingLoop:
             "samples/trained": len(lines) - dropped.total(),
             "samples/dropped": dropped.total(),
             **{f"samples/dropped_{reason}": count for reason, count in dropped.items()},
+            **{f"samples/failed_{code}": count for code, count in failed.items()},
             **{f"time/{phase}": duration for phase, duration in self._seconds.items()},
             "time/step": seconds,
             "throughput/tokens_per_second": tokens / seconds,

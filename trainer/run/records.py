@@ -64,13 +64,15 @@ def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollou
             "position": draw.at.position,
             "row": draw.prompt.record.row,
         }
-        reason, said = draw.dropped, None
+        reason, rollout, said = draw.dropped, None, None
         if reason is None:
             rollout = next(remaining)
             reason, said = drop_reason(rollout), _what_was_said(rollout)
         line["outcome"] = "trained" if reason is None else "dropped"
         if reason is not None:
             line["reason"] = reason.value
+        if rollout is not None and isinstance(rollout.outcome, Failed):
+            line["code"] = rollout.outcome.code
         if said:
             line["said"] = said
         lines.append(line)
@@ -81,8 +83,8 @@ def _what_was_said(rollout: Rollout) -> str | None:
     match rollout.outcome:
         case Abstained(reason=reason):
             return reason
-        case Failed(code=code, message=message):
-            return f"{code}: {message}"
+        case Failed(message=message):
+            return message
         case _:
             return None
 

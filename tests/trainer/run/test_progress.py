@@ -153,6 +153,22 @@ def test_reward_components_of_any_name_are_one_metric_of_bounded_size(registry: 
     assert component("component 999") is None
 
 
+def test_failed_samples_are_counted_by_their_codes_of_which_there_may_be_few(registry: CollectorRegistry) -> None:
+    metrics = TrainerMetrics(registry)
+
+    metrics.count_dropped("abstained", "", 2)
+    metrics.count_dropped("failed", "MISSING_METADATA", 1)
+    for number in range(1000):
+        metrics.count_dropped("failed", f"CODE_{number}", 1)
+    metrics.count_dropped("failed", "MISSING_METADATA", 1)
+
+    def dropped(reason: str, code: str) -> float | None:
+        return registry.get_sample_value("rlhf_trainer_samples_dropped_total", {"reason": reason, "code": code})
+
+    assert (dropped("abstained", ""), dropped("failed", "MISSING_METADATA"), dropped("failed", "CODE_0")) == (2, 2, 1)
+    assert dropped("failed", "OTHER") == 951
+
+
 def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
     from pathlib import Path
 

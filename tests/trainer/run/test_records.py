@@ -57,7 +57,8 @@ def test_every_prompt_drawn_is_accounted_for_once_with_the_reason() -> None:
         "abstained",
         "empty_completion",
     ]
-    assert lines[2]["said"] == "NO_COLUMN: stars is missing"
+    assert [line.get("code") for line in lines] == [None, None, "NO_COLUMN", None, None]
+    assert [line.get("said") for line in lines] == [None, None, "stars is missing", "not English", None]
     assert {line["step"] for line in lines} == {4}
 
 
