@@ -278,6 +278,15 @@ async def test_one_malformed_answer_is_forgiven() -> None:
         assert await client.score(sample(0)) == Scored(1.0)
 
 
+@pytest.mark.parametrize(
+    ("info", "message"), [({"version": ""}, "states no version"), ({"scope": 7}, "scope 7, which this trainer")]
+)
+async def test_a_server_whose_scores_cannot_be_relied_on_is_refused(info: dict[str, object], message: str) -> None:
+    with pytest.raises(BrokenServerError, match=message):
+        async with client_of(ScriptedReward(scored, **info)):
+            pass
+
+
 async def test_a_server_that_comes_back_as_another_reward_stops_the_run() -> None:
     server = ScriptedReward(grpc.StatusCode.UNAVAILABLE, scored)
 
