@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import socket
 import time
 from functools import partial
 
@@ -20,7 +22,7 @@ from policy_server.weights_service import WeightsService
 from rlhf.fingerprints import tokenizer_digest
 from rlhf.logs import get_logger
 from rlhf.policy.v1 import policy_pb2_grpc
-from rlhf.server import Server
+from rlhf.server import BindError, Server
 from rlhf.weights.v1 import weights_pb2_grpc
 
 POLICY_SERVICE = "rlhf.policy.v1.PolicyService"
@@ -34,7 +36,8 @@ class ModelError(Exception):
 
 
 async def serve(settings: PolicySettings) -> None:
-    """Load, serve until SIGTERM or SIGINT, drain."""
+    """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError."""
+    _require_free(settings.listen)
     server = Server(
         "policy",
         listen=settings.listen,
@@ -91,6 +94,19 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)  # type: ignore[no-untyped-call]
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)  # type: ignore[no-untyped-call]
     return engine
+
+
+def _require_free(listen: str) -> None:
+    """Raise BindError when another process listens there: before minutes of loading, not after them."""
+    host, _, port = listen.rpartition(":")
+    if listen.startswith("unix:") or not port.isdigit():
+        return
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:  # whatever else is wrong with it, the server says when it binds
+        if error.errno == errno.EADDRINUSE:
+            raise BindError(f"policy can't listen on {listen}: another process does") from error
 
 
 def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -125,3 +126,17 @@ def test_what_keeps_it_from_starting_is_one_line(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("python -m policy_server: ")
     assert words in last
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(policy_server.__main__, "configure_logging", lambda *_: None)
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(SystemExit) as ended:
+            policy_server.__main__.main(["--model", "no/where", "--listen", address])
+
+    assert ended.value.code == 1
+    assert address in capsys.readouterr().err
