@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from rlhf.channel import REQUEST_ID_KEY, RUN_ID_KEY, STEP_KEY
 from rlhf.failures import RpcFailure, to_status
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
@@ -29,18 +30,26 @@ async def serving(add: Callable[[grpc.aio.Server], None], *, port: int = 0) -> A
         await server.stop(0)
 
 
+def _told(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    """What the caller says of itself for log lines."""
+    metadata: Any = context.invocation_metadata()
+    return {key: value for key, value in metadata if key in (RUN_ID_KEY, STEP_KEY, REQUEST_ID_KEY)}
+
+
 class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
     """Answers Score calls by `scripts`, one after the other; the last answers all further calls."""
 
     def __init__(self, *scripts: Score | grpc.StatusCode, **info: Any) -> None:
         self.info = reward_pb2.GetRewardInfoResponse(**{"name": "scripted", "version": "1", **info})
         self.calls: list[reward_pb2.ScoreRequest] = []
+        self.metadata: list[dict[str, str]] = []
         self._scripts = list(scripts)
 
     async def Score(  # noqa: N802
         self, request: reward_pb2.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.ScoreResponse:
         self.calls.append(request)
+        self.metadata.append(_told(context))
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         if isinstance(script, grpc.StatusCode):
             await context.abort(script, "as scripted")
@@ -74,6 +83,7 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
     def __init__(self, *scripts: Generate | RpcFailure, logprob: float = -0.5) -> None:
         self.calls: list[policy_pb2.GenerateRequest] = []
         self.scored: list[policy_pb2.LogProbsRequest] = []
+        self.metadata: list[dict[str, str]] = []
         self.logprob = logprob
         self.model = policy_pb2.GetModelResponse(
             model="policy",
@@ -90,6 +100,7 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
         self, request: policy_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> policy_pb2.GenerateResponse:
         self.calls.append(request)
+        self.metadata.append(_told(context))
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         if isinstance(script, RpcFailure):
             code, message, trailers = to_status(script)
@@ -101,6 +112,7 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer):
         self, request: policy_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
     ) -> policy_pb2.LogProbsResponse:
         self.scored.append(request)
+        self.metadata.append(_told(context))
         return policy_pb2.LogProbsResponse(
             sequences=[
                 policy_pb2.SequenceLogProbs(logprobs=[self.logprob] * len(sequence.completion_token_ids))

@@ -17,7 +17,7 @@ import grpc
 
 from rlhf.channel import ANY_SERVERS, RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel
 from rlhf.failures import from_rpc_error
-from rlhf.logs import get_logger
+from rlhf.logs import bound_context, get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from trainer.clients.policy import BrokenServerError, FinishReason
 from trainer.clients.reward_wire import FINISH_REASONS, problem, turn
@@ -81,6 +81,9 @@ class RewardSample:
     metadata: Mapping[str, str] = field(default_factory=dict)
     json_keys: frozenset[str] = frozenset()
     messages: Sequence[Mapping[str, object]] = ()
+    step: int | None = None
+    request_id: str | None = None
+    """With `step`, for log lines only."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,6 @@ class RewardClient:
         timeout: float = 60.0,
         retry: RetryPolicy | None = None,
         watch: CallWatch | None = None,
-        metadata: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`timeout` (seconds) bounds each attempt of a call."""
         self.target = target
@@ -127,7 +129,6 @@ class RewardClient:
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._watch = watch
-        self._metadata = tuple(metadata) or call_metadata(run_id=run_id)
         self._channel = open_channel(target, keepalive=ANY_SERVERS)
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._info: RewardInfo | None = None
@@ -192,7 +193,9 @@ class RewardClient:
         async def attempt() -> reward_pb2.GetRewardInfoResponse:
             try:
                 answer: reward_pb2.GetRewardInfoResponse = await self._stub.GetRewardInfo(
-                    reward_pb2.GetRewardInfoRequest(), timeout=self._timeout, metadata=self._metadata
+                    reward_pb2.GetRewardInfoRequest(),
+                    timeout=self._timeout,
+                    metadata=call_metadata(run_id=self._run_id),
                 )
                 return answer
             except grpc.aio.AioRpcError as error:
@@ -250,9 +253,10 @@ class RewardClient:
 
     async def _score_batch(self, batch: list[_Job]) -> None:
         try:
-            results = await self._ask_until_well_formed(batch)
-            for job in batch:
-                self._settle(job, results[job.sample.sample_id])
+            with bound_context(request_id=_request_id(batch)):
+                results = await self._ask_until_well_formed(batch)
+                for job in batch:
+                    self._settle(job, results[job.sample.sample_id])
         except Exception as error:
             # Every sample's caller learns why; the first to do so stops the run.
             for job in batch:
@@ -303,6 +307,7 @@ class RewardClient:
             samples=[job.message for job in batch],
             json_metadata_keys=sorted(batch[0].sample.json_keys),
         )
+        metadata = call_metadata(run_id=self._run_id, step=batch[0].sample.step, request_id=_request_id(batch))
         attempts = 0
 
         async def attempt() -> reward_pb2.ScoreResponse:
@@ -313,7 +318,7 @@ class RewardClient:
                 await self.check_pinned()
             try:
                 answer: reward_pb2.ScoreResponse = await self._stub.Score(
-                    request, timeout=self._timeout, metadata=self._metadata
+                    request, timeout=self._timeout, metadata=metadata
                 )
                 return answer
             except grpc.aio.AioRpcError as error:
@@ -373,3 +378,9 @@ class RewardClient:
             finish_reason=FINISH_REASONS.get(sample.finish_reason, reward_pb2.FINISH_REASON_UNSPECIFIED),
             metadata=dict(sample.metadata),
         )
+
+
+def _request_id(batch: Sequence[_Job]) -> str | None:
+    """The first sample's, and how many more there are."""
+    first = batch[0].sample.request_id
+    return first if first is None or len(batch) == 1 else f"{first}+{len(batch) - 1}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf.channel import call_metadata
+from rlhf.logs import bound_context
 from trainer.clients.policy import REFERENCE, BrokenServerError, FinishReason, Generation, PolicyClient
 from trainer.clients.rewards import Outcome, RewardClient, RewardSample
 from trainer.run.prompts import Prompt
@@ -75,28 +76,32 @@ class RolloutCollector:
     ) -> list[Rollout]:
         """One rollout per prompt, in order, every token sampled under `weights` with the row's seed.
 
-        `name` makes sample ids unique within the run (a step's number, say); `step` is for the servers' log lines.
-        `on_generated(done, of)` is called as completions arrive. The first error that is not waited out cancels the
-        rest and is raised as it is.
+        `name` makes sample and request ids unique within the run (a step's number, say); `step` is for the servers'
+        log lines. `on_generated(done, of)` is called as completions arrive. The first error that is not waited out
+        cancels the rest and is raised as it is.
         """
         await self._rewards.check_pinned()
         done = 0
 
         async def generate(row: int) -> Generation:
             nonlocal done
-            generation = await self._generate(prompts[row], seeds[row], weights, step=step, row=row)
+            generation = await self._generate(
+                prompts[row], seeds[row], weights, step=step, row=row, request_id=f"{name}-{row}"
+            )
             done += 1
             on_generated(done, len(prompts))
             return generation
 
         async def judge(row: int) -> tuple[str, Outcome | None]:
             generation = await generations[row]
-            sample = self._sample(name, row, prompts[row], generation)
+            sample = self._sample(name, step, row, prompts[row], generation)
             return sample.sample_id, await self._rewards.score(sample) if generation.token_ids else None
 
         async def refer(rows: range) -> list[tuple[float, ...] | None]:
             finished = [await generations[row] for row in rows]
-            return await self._refer([prompts[row] for row in rows], finished, step=step)
+            return await self._refer(
+                [prompts[row] for row in rows], finished, step=step, request_id=f"{name}-reference-{rows.start}"
+            )
 
         groups = await self._reference_groups(prompts) if self._served_reference else []
         try:
@@ -123,17 +128,20 @@ class RolloutCollector:
         longest = [len(prompt.token_ids) + self._sampling.max_new_tokens for prompt in prompts]
         return list(served.log_probs_groups(longest, rows=_REFERENCE_ROWS))
 
-    async def _generate(self, prompt: Prompt, seed: int, weights: WeightsVersion, *, step: int, row: int) -> Generation:
+    async def _generate(
+        self, prompt: Prompt, seed: int, weights: WeightsVersion, *, step: int, row: int, request_id: str
+    ) -> Generation:
         async with self._slots:
             for _ in range(_ABORTED_ATTEMPTS):
-                (generation,) = await self._policy.generate(
-                    prompt.token_ids,
-                    seed=seed,
-                    temperature=self._sampling.temperature,
-                    max_new_tokens=self._sampling.max_new_tokens,
-                    weights=weights,
-                    metadata=call_metadata(run_id=self._run_id, step=step, request_id=f"{step}-{row}"),
-                )
+                with bound_context(request_id=request_id):
+                    (generation,) = await self._policy.generate(
+                        prompt.token_ids,
+                        seed=seed,
+                        temperature=self._sampling.temperature,
+                        max_new_tokens=self._sampling.max_new_tokens,
+                        weights=weights,
+                        metadata=call_metadata(run_id=self._run_id, step=step, request_id=request_id),
+                    )
                 # Ended early by the server; the same seed under the same weights gives the whole completion.
                 if generation.finish_reason is not FinishReason.ABORTED:
                     break
@@ -149,7 +157,7 @@ class RolloutCollector:
         return generation
 
     async def _refer(
-        self, prompts: Sequence[Prompt], generations: Sequence[Generation], *, step: int
+        self, prompts: Sequence[Prompt], generations: Sequence[Generation], *, step: int, request_id: str
     ) -> list[tuple[float, ...] | None]:
         sequences = [
             (prompt.token_ids, generation.token_ids)
@@ -158,17 +166,17 @@ class RolloutCollector:
         ]
         if not sequences:
             return [None] * len(prompts)
-        answers = iter(
-            await self._policy.log_probs(
+        with bound_context(request_id=request_id):
+            rows = await self._policy.log_probs(
                 REFERENCE,
                 sequences,
                 temperature=self._sampling.temperature,
-                metadata=call_metadata(run_id=self._run_id, step=step, request_id=f"{step}-reference"),
+                metadata=call_metadata(run_id=self._run_id, step=step, request_id=request_id),
             )
-        )
+        answers = iter(rows)
         return [tuple(next(answers)) if generation.token_ids else None for generation in generations]
 
-    def _sample(self, name: str, row: int, prompt: Prompt, generation: Generation) -> RewardSample:
+    def _sample(self, name: str, step: int, row: int, prompt: Prompt, generation: Generation) -> RewardSample:
         turns = prompt.messages
         return RewardSample(
             sample_id=f"{self._run_id}/{name}/{row}/{content_hash(prompt.token_ids, generation.token_ids)}",
@@ -179,6 +187,8 @@ class RolloutCollector:
             metadata=prompt.record.metadata,
             json_keys=prompt.record.json_keys,
             messages=[*turns, {"role": "assistant", "content": generation.text}] if turns is not None else (),
+            step=step,
+            request_id=f"{name}-{row}",
         )
 
 

@@ -52,7 +52,6 @@ class Servers:
             run_id=identity.run_id,
             timeout=settings.reward_timeout,
             watch=waits.watch("reward"),
-            metadata=metadata,
         )
 
     async def hold_to(self, pins: Pins | None) -> Pins:

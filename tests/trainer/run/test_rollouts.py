@@ -7,13 +7,16 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+import structlog
 
-from rlhf.channel import RetryPolicy
+from rlhf.channel import RetryPolicy, Waiting
+from rlhf.failures import unavailable
 from rlhf.policy.v1 import policy_pb2
 from rlhf.reward.v1 import reward_pb2
 from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, scored, serving
 from trainer.clients.policy import BrokenServerError, PolicyClient
 from trainer.clients.rewards import RewardClient, Scored
+from trainer.clients.waits import CallWatch
 from trainer.run.prompts import Prompt, Record
 from trainer.run.rollouts import Rollout, RolloutCollector, Sampling
 from trainer.versions import WeightsVersion
@@ -28,10 +31,12 @@ def prompts(count: int) -> list[Prompt]:
 
 
 @contextlib.asynccontextmanager
-async def collector_of(policy: ScriptedPolicy, reward: ScriptedReward) -> AsyncIterator[RolloutCollector]:
+async def collector_of(
+    policy: ScriptedPolicy, reward: ScriptedReward, watch: CallWatch | None = None
+) -> AsyncIterator[RolloutCollector]:
     async with serving(policy.add_to) as policy_address, serving(reward.add_to) as reward_address:
-        policy_client = PolicyClient(policy_address, retry=FAST)
-        rewards = RewardClient(reward_address, run_id="run", retry=FAST)
+        policy_client = PolicyClient(policy_address, retry=FAST, watch=watch)
+        rewards = RewardClient(reward_address, run_id="run", retry=FAST, watch=watch)
         try:
             await rewards.pin()
             yield RolloutCollector(
@@ -47,9 +52,9 @@ async def collector_of(policy: ScriptedPolicy, reward: ScriptedReward) -> AsyncI
             await rewards.close()
 
 
-async def collect(collector: RolloutCollector, count: int) -> list[Rollout]:
+async def collect(collector: RolloutCollector, count: int, name: str = "1") -> list[Rollout]:
     return await collector.collect(
-        prompts(count), name="1", step=1, seeds=range(count), weights=WEIGHTS, on_generated=lambda done, of: None
+        prompts(count), name=name, step=1, seeds=range(count), weights=WEIGHTS, on_generated=lambda done, of: None
     )
 
 
@@ -106,6 +111,39 @@ async def test_sample_ids_change_with_the_tokens_and_only_with_them() -> None:
     assert first == again
     assert len({*first, *other}) == 6
     assert all(sample_id.startswith(f"run/1/{row}/") for row, sample_id in enumerate(first))
+
+
+async def test_servers_are_told_run_step_and_a_request_id_of_its_own_for_their_log_lines() -> None:
+    policy, reward = ScriptedPolicy(completed), ScriptedReward(scored, max_samples=3)
+
+    async with collector_of(policy, reward) as collector:
+        await collect(collector, 3)
+        await collect(collector, 3, name="evaluation-1")
+
+    told = [*policy.metadata, *reward.metadata]
+    assert {(each["x-rlhf-run-id"], each["x-rlhf-step"]) for each in told} == {("run", "1")}
+    asked = [each["x-request-id"] for each in policy.metadata]
+    assert len(set(asked)) == len(asked)
+    assert {"1-0", "1-2", "1-reference-0", "evaluation-1-0", "evaluation-1-reference-0"} <= set(asked)
+    assert all(each["x-request-id"].startswith(("1-", "evaluation-1-")) for each in reward.metadata)
+
+
+async def test_waiting_lines_name_the_request() -> None:
+    seen: list[object] = []
+
+    class Watch:
+        def waiting(self, call: object, waiting: Waiting) -> None:
+            seen.append(structlog.contextvars.get_contextvars().get("request_id"))
+
+        def over(self, call: object) -> None:
+            pass
+
+    policy, reward = ScriptedPolicy(unavailable("away"), completed), ScriptedReward(grpc.StatusCode.UNAVAILABLE, scored)
+
+    async with collector_of(policy, reward, watch=Watch()) as collector:
+        await collect(collector, 1)
+
+    assert seen == ["1-0", "1-0"]
 
 
 async def test_a_completion_without_tokens_is_judged_by_nobody() -> None:
