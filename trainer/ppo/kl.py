@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the settings name KlPenalty, and --help must not wait for torch
+    from torch import Tensor
 
 
 class KlPenalty(StrEnum):
