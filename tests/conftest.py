@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.processes import StartProcess, process_factory
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits are promised on the CPU only; processes inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes on few cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
