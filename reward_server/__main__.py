@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         asyncio.run(_serve(reward, settings))
     except BindError as error:
+        # Not EX_CONFIG: what holds the port may be gone when we are started again.
         print(f"reward_server: {error}", file=sys.stderr)
-        return EX_CONFIG
+        return 1
     return 0
 
 
@@ -67,10 +68,8 @@ async def _serve(reward: FunctionReward, settings: RewardSettings) -> None:
     )
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
     server.register(SERVICE_NAME, serving=True)
+    get_logger(__name__).info("loaded", reward=reward.description.name, version=reward.description.version)
     await server.start()
-    get_logger(__name__).info(
-        "serving", reward=reward.description.name, version=reward.description.version, address=server.address
-    )
     await server.run_until_signalled()
 
 

@@ -112,7 +112,7 @@ class Server:
         update.add_done_callback(self._health_updates.discard)
 
     async def start(self) -> None:
-        """Bind, serve, and write the endpoint file. Raises BindError naming the address that can't be had."""
+        """Bind, serve, log where, write the endpoint file. Raises BindError naming the address that can't be had."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)  # type: ignore[no-untyped-call]
         names = [*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, self.grpc)  # type: ignore[no-untyped-call]
@@ -125,6 +125,7 @@ class Server:
             raise BindError(f"{self.name} {error.strerror}") from error
         self._address = _reachable(self._listen, port)
         await self.grpc.start()
+        _log.info("serving", address=self._address, metrics=self.metrics_url)
         if self._endpoint_file is not None:
             write_endpoint_file(self._endpoint_file, address=self._address, metrics_url=self.metrics_url)
 

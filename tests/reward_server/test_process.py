@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +37,9 @@ def test_it_serves_scores_metrics_and_stops_cleanly(tmp_path: Path) -> None:
             text = page.read().decode()
         assert 'rlhf_reward_outcomes_total{code="",outcome="scored"} 2.0' in text
         assert "grpc_server_handled_total" in text
+        (line,) = [line for line in server.log_text().splitlines() if "serving" in line]
+        assert server.address in line
+        assert server.metrics_url in line
         assert server.terminate() == 0
 
 
@@ -93,6 +97,15 @@ def test_a_mistake_at_the_start_is_explained(arguments: list[str], says: str) ->
     result = run(*arguments)
     assert result.returncode == 78
     assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_no_mistake_in_the_settings() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run("--reward", "length", "--reward-options", "target: 3", "--listen", address)
+    assert result.returncode == 1
+    assert f"can't listen on {address}" in result.stderr
     assert "Traceback" not in result.stderr
 
 
