@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +24,8 @@ from demo.report import Report, ReportError, print_report, write_report
 _HERE = Path(__file__).parent
 _HELD_OUT_REVIEWS = 400
 _EVALUATION_PROMPTS = 128
-_START_SECONDS = 180.0
+_SILENCE_SECONDS = 20.0
+"""After so long a start it is said what is waited for."""
 _GRACE_SECONDS = 15.0
 
 
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _clear(run_dir)
         plan = _prepare(arguments, console)
         return asyncio.run(_run(plan, run_dir, console, began))
-    except (CorpusError, ProcessDiedError, ReportError, RunFolderError, TimeoutError) as error:
+    except (CorpusError, ProcessDiedError, ReportError, RunFolderError) as error:
         console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -151,7 +153,7 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
         "policy_server", [*server, "--model", plan.model, "--managed"], folder=logs, environment=environment
     )
     children.append(policy)
-    endpoints = {child.name: await _endpoint(child, children) for child in (reward, policy)}
+    endpoints = {child.name: await _endpoint(child, children, console) for child in (reward, policy)}
 
     arguments = [*common, "--config", str(plan.trainer_config), "--run-dir", str(run_dir), "--model", plan.model]
     arguments += ["--data", plan.data, *(["--eval-data", plan.eval_data] if plan.eval_data else [])]
@@ -167,7 +169,7 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
     )
     children.append(trainer)
     training_began = time.monotonic()
-    endpoints["trainer"] = await _endpoint(trainer, children)
+    endpoints["trainer"] = await _endpoint(trainer, children, console)
     for name, endpoint in endpoints.items():
         where = f"listens on {endpoint.address}, " if endpoint.address else ""
         console.print(
@@ -182,12 +184,18 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
     return write_report(run_dir, seconds=now - began, seconds_training=now - training_began, endpoints=endpoints)
 
 
-async def _endpoint(child: Child, children: Sequence[Child]) -> Endpoint:
+async def _endpoint(child: Child, children: Sequence[Child], console: Console) -> Endpoint:
     """Where `child` listens; raises ProcessDiedError when any of them ends first."""
-    listening = asyncio.create_task(child.endpoint(_START_SECONDS))
+    listening = asyncio.create_task(child.endpoint())
     ended = asyncio.create_task(first_to_end(children))
     try:
-        await asyncio.wait([listening, ended], return_when=asyncio.FIRST_COMPLETED)
+        done: set[asyncio.Task[Any]] = set()
+        while not done:
+            done, _ = await asyncio.wait(
+                [listening, ended], timeout=_SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                console.print(f"waiting for {child.name} (pid {child.pid}) to start …", highlight=False)
         if listening.done():
             return listening.result()
         raise ProcessDiedError(ended.result().epitaph())

@@ -102,14 +102,15 @@ class Child:
             await asyncio.wait([self._copy], timeout=2)
         return status
 
-    async def endpoint(self, seconds: float) -> Endpoint:
-        """Where it listens. Raises ProcessDiedError when it ends first, TimeoutError after `seconds`."""
-        async with asyncio.timeout(seconds):
-            while not self._endpoint_file.is_file():
-                if not self.running:
-                    await self.wait()
-                    raise ProcessDiedError(self.epitaph())
-                await asyncio.sleep(0.05)
+    async def endpoint(self) -> Endpoint:
+        """Where it listens, however long it takes to: it may be fetching a model. Raises ProcessDiedError when it ends
+        first.
+        """
+        while not self._endpoint_file.is_file():
+            if not self.running:
+                await self.wait()
+                raise ProcessDiedError(self.epitaph())
+            await asyncio.sleep(0.05)
         content = json.loads(self._endpoint_file.read_text())
         return Endpoint(content["pid"], content.get("address"), content.get("metrics_url"))
 

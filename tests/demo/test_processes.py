@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from demo.__main__ import _endpoint
 from demo.processes import Child, ProcessDiedError, first_to_end, stop_all
 
 Start = Callable[[str], Awaitable[Child]]
@@ -29,7 +33,7 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
 
 async def test_a_process_tells_where_it_listens(start: Start) -> None:
     child = await start("listens")
-    endpoint = await child.endpoint(30)
+    endpoint = await child.endpoint()
     assert endpoint.pid == child.pid
     assert endpoint.port == 5001
     assert child.running
@@ -38,15 +42,25 @@ async def test_a_process_tells_where_it_listens(start: Start) -> None:
 async def test_a_process_that_fails_early_is_reported_with_the_end_of_its_log(start: Start) -> None:
     child = await start("fails-early")
     with pytest.raises(ProcessDiedError) as died:
-        await child.endpoint(30)
+        await child.endpoint()
     assert "exit status 1" in str(died.value)
     assert "something is missing" in str(died.value)
 
 
-async def test_a_process_that_never_listens_is_not_waited_for_for_ever(start: Start) -> None:
+async def test_a_process_that_is_slow_to_listen_is_waited_for_and_named_meanwhile(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demo.__main__._SILENCE_SECONDS", 0.05)
+    shown = io.StringIO()
     child = await start("stays-silent")
-    with pytest.raises(TimeoutError):
-        await child.endpoint(0.2)
+    waiting = asyncio.create_task(_endpoint(child, [child], Console(file=shown)))
+    async with asyncio.timeout(10):
+        while shown.getvalue().count("waiting for tests.demo.a_process") < 2:  # noqa: ASYNC110 - nobody tells it
+            await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await child.stop(0.1)
+    with pytest.raises(ProcessDiedError, match="was ended by"):
+        await waiting
 
 
 async def test_the_one_that_dies_is_found_among_those_that_run(start: Start) -> None:
@@ -60,7 +74,7 @@ async def test_the_one_that_dies_is_found_among_those_that_run(start: Start) -> 
 
 async def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(start: Start) -> None:
     stubborn = await start("ignores-sigterm")
-    await stubborn.endpoint(30)
+    await stubborn.endpoint()
     began = time.monotonic()
     await stop_all([stubborn], 0.5)
     assert time.monotonic() - began < 10
