@@ -22,7 +22,7 @@ class ReportError(Exception):
 @dataclass(frozen=True)
 class Report:
     """report.json. Rewards and lengths (tokens) are means over the held-out prompts; `kl` is the mean over them of the
-    sum over tokens, in nats; `distinct` is the share of completions that no other equals.
+    sum over tokens, in nats; `distinct` is the number of different completions over that of all.
     """
 
     reward_before: float | None
