@@ -172,6 +172,8 @@ class ServedPolicy:
         rows: list[list[float]] = []
         for group in self.info.log_probs_groups(lengths, rows=_SEQUENCES_PER_CALL):
             rows.extend(await self._client.log_probs(REFERENCE, sequences[group.start : group.stop]))
+        # A server that was restarted since may have answered with another reference, and is checked here if it was.
+        await self._publisher.ensure()
         return [torch.tensor(row, dtype=torch.float32) for row in rows]
 
 

@@ -152,6 +152,7 @@ def _parts(
         sampling=Sampling(settings.temperature, settings.max_new_tokens),
         concurrency=settings.rollout_concurrency,
         served_reference=loaded.reference is None,
+        check_server=servers.publisher.ensure,
     )
     prompts = PromptSource(
         loaded.training, loaded.tokenizer, seed=settings.seed, max_prompt_tokens=loaded.max_prompt_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf.channel import call_metadata
@@ -55,14 +55,20 @@ class RolloutCollector:
         sampling: Sampling,
         concurrency: int,
         served_reference: bool,
+        check_server: Callable[[], Awaitable[None]],
     ) -> None:
-        """`concurrency` bounds the Generate calls in flight; `served_reference`: ask the server's frozen reference."""
+        """`concurrency` bounds the Generate calls in flight; `served_reference`: ask the server's frozen reference.
+
+        `check_server` raises when the policy server is another process than the one that was checked last, and does
+        not pass the check (the publisher's `ensure`).
+        """
         self._policy = policy
         self._rewards = rewards
         self._run_id = run_id
         self._sampling = sampling
         self._slots = asyncio.Semaphore(concurrency)
         self._served_reference = served_reference
+        self._check_server = check_server
 
     async def collect(
         self,
@@ -113,6 +119,9 @@ class RolloutCollector:
             raise _first(errors) from None
         finally:
             await self._rewards.abandon()
+        if groups:
+            # LogProbs names no process: a server restarted with another reference would have been believed.
+            await self._check_server()
         logprobs = [row for group in references for row in group.result()] or [None] * len(prompts)
         return [
             Rollout(row, prompts[row], generations[row].result(), *judgements[row].result(), logprobs[row])

@@ -144,6 +144,16 @@ def test_a_trainer_whose_server_another_one_took_over_stops(folder: Path, server
         assert len(second.generate(QUERIES, **PLAIN)) == 2
 
 
+def test_reference_numbers_of_a_server_that_another_one_took_over_are_not_believed(
+    folder: Path, server: ProcessUnderTest
+) -> None:
+    with make_trainer(folder, server.address) as first, make_trainer(folder, server.address):
+        before = [tensor.clone() for tensor in first.model.parameters()]
+        with pytest.raises(PublishError, match="took it over"):
+            first.step(QUERIES, [ids("one"), ids("two")], SCORES)
+        assert all(torch.equal(*pair) for pair in zip(before, first.model.parameters(), strict=True))
+
+
 def test_closing_ends_the_connection_and_its_thread_and_may_be_repeated(folder: Path, server: ProcessUnderTest) -> None:
     before = threading.active_count()
     trainer = make_trainer(folder, server.address)
