@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from policy_server.settings import PolicySettings
 from rlhf.config import EX_CONFIG, load_settings
+from rlhf.extras import brought_by
 from rlhf.logs import configure_logging
 
 PROG = "python -m policy_server"
@@ -18,7 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = load_settings(PolicySettings, sys.argv[1:] if argv is None else argv, prog=PROG)
     configure_logging(settings.log_format, settings.log_level)
     # torch takes seconds to import: only now, so that --help and mistakes in the settings are answered at once
-    from policy_server.assembly import ModelError, serve
+    with brought_by("policy"):
+        from policy_server.assembly import ModelError, serve
     from rlhf.server import BindError
 
     try:
