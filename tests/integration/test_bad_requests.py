@@ -23,9 +23,9 @@ from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, process_factory, wait_for
 
 REQUESTS = 1000
-WARM_UP = 200
-ALLOWED_GROWTH = 32 << 20
-"""Bytes by which a server may grow over the last 800 requests; each of them carries up to tens of KB."""
+WARM_UP = 500
+ALLOWED_GROWTH = 8 << 20
+"""Bytes by which a server may grow over the second half: 16 KiB for each of its requests."""
 
 WIDTH = 32
 
@@ -101,23 +101,28 @@ class Bystander:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def _ask(self) -> tuple[Any, Any]:
-        generated = self._target.stubs["Generate"](
-            policy_pb2.GenerateRequest(
-                prompt=policy_pb2.Prompt(text="The film"),
-                sampling=policy_pb2.SamplingParams(max_new_tokens=60, min_new_tokens=60, seed=7),
-                logprobs=[policy_pb2.LOG_PROB_KIND_PROCESSED],
-            ),
-            timeout=60,
+    def _ask(self) -> tuple[Any, ...]:
+        stubs = self._target.stubs
+        request = policy_pb2.GenerateRequest(
+            prompt=policy_pb2.Prompt(text="The film"),
+            sampling=policy_pb2.SamplingParams(max_new_tokens=60, min_new_tokens=60, seed=7),
+            logprobs=[policy_pb2.LOG_PROB_KIND_PROCESSED],
         )
-        scored = self._target.stubs["Score"](
+        generated = stubs["Generate"](request, timeout=60)
+        stream = stubs["StreamGenerate"](policy_pb2.StreamGenerateRequest(request=request), timeout=60)
+        streamed = [token for message in stream for token in message.delta.token_ids]
+        completion = policy_pb2.Sequence(
+            prompt_token_ids=generated.prompt_token_ids, completion_token_ids=generated.completions[0].token_ids
+        )
+        judged = stubs["LogProbs"](policy_pb2.LogProbsRequest(sequences=[completion]), timeout=60)
+        scored = stubs["Score"](
             reward_pb2.ScoreRequest(
                 run_id="bystander",
                 samples=[reward_pb2.Sample(sample_id="1", group_id="1", prompt="The film", completion=" is long")],
             ),
             timeout=60,
         )
-        return generated, scored
+        return generated, streamed, judged, scored
 
     def _run(self) -> None:
         try:
