@@ -195,6 +195,13 @@ class WeightPublisher:
                 f"policy server {self.target} answered that {WeightsVersion.from_proto(answer.live)} is live after "
                 f"{published.weights} was published"
             )
+        if state.live.run_id not in ("", published.weights.run_id):
+            _log.warning(
+                "took the policy server over from another run, whose trainer stops if it still lives",
+                target=self.target,
+                our_run=published.weights.run_id,
+                their_run=state.live.run_id,
+            )
 
     def _update_id(self, weights: WeightsVersion) -> str:
         return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}"

@@ -112,14 +112,21 @@ async def test_a_lost_answer_is_resolved_by_asking_and_not_by_sending_again() ->
     assert len(server.updates) == 1
 
 
-async def test_the_first_publish_replaces_another_runs_weights_by_compare_and_swap() -> None:
+async def test_the_first_publish_replaces_another_runs_weights_by_compare_and_swap_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     other = policy_pb2.WeightsVersion(run_id="other", incarnation=3, version=9)
     server = MemoryWeights(live=other)
 
     async with publisher_to(server) as publisher:
         await publisher.publish(TENSORS, version(0))
+        await publisher.publish(TENSORS, version(1))
 
     assert server.updates[0].if_current == other
+    (line,) = caplog.messages
+    assert "over from another run" in line
+    assert "our_run='run'" in line
+    assert "their_run='other'" in line
 
 
 async def test_a_newer_incarnation_of_the_run_stops_this_trainer() -> None:
