@@ -56,7 +56,12 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     reward_server: str = Field(description="Address of the reward server", json_schema_extra=_unit("host:port"))
     run_dir: Path = Field(description="Folder of the run's files; empty or absent unless resume is given")
     run_id: str | None = Field(
-        None, min_length=1, max_length=64, description="Name of the run on the servers; unset: made up, then kept"
+        None,
+        min_length=1,
+        max_length=64,
+        # The ids of samples and updates hold it and are at most 256 bytes.
+        pattern=r"^[A-Za-z0-9_.-]+$",
+        description="Name of the run on the servers, of letters, digits and _.-; unset: made up, then kept",
     )
     resume: bool = Field(False, description="Go on from the last checkpoint in run_dir, or begin when there is none")
 
@@ -111,7 +116,8 @@ class TrainerSettings(PPOConfig, ProcessSettings):
 
     threads: int | None = Field(None, ge=1, description="CPU threads for the model; unset: torch's default")
     reproducible: bool = Field(
-        False, description="Deterministic algorithms only: a resumed run repeats an uninterrupted one bit for bit"
+        False,
+        description="Deterministic algorithms only: on CPU a resumed run repeats an uninterrupted one bit for bit",
     )
     sample_lines: int = Field(4, ge=0, description="Training samples per step to keep in samples.jsonl")
     track: list[TrackerName] = Field(

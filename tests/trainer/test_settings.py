@@ -33,6 +33,9 @@ def settings(**values: Any) -> TrainerSettings:
         ({"min_new_tokens": 4}, "only temperature may shape sampling"),
         ({"temperature": 0}, "greater than 0"),
         ({"batch_size": 10, "mini_batch_size": 4}, "must be a multiple of"),
+        ({"run_id": "läuft"}, "run-id.*pattern"),
+        ({"run_id": "a/b"}, "run-id.*pattern"),
+        ({"run_id": "r" * 65}, "run-id.*at most 64"),
         ({"steps": 0}, "greater than or equal to 1"),
     ],
 )
