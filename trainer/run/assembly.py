@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -121,6 +122,8 @@ def _prepare_torch(settings: TrainerSettings) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.reproducible:
+        # cuBLAS reads it when CUDA starts; without it, torch refuses the first matrix product there.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     # A fresh value head draws its weights here.
     torch.manual_seed(derive_seed(settings.seed, "model"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry
 
 from rlhf.config import read_settings
@@ -26,7 +28,7 @@ class Unloadable:
         (Path(folder) / "config.json").write_text("{}", encoding="utf-8")
 
 
-async def resume(folder: Path, *, steps: int) -> int:
+async def resume(folder: Path, *, steps: int, **values: Any) -> int:
     settings = read_settings(
         TrainerSettings,
         {
@@ -37,6 +39,7 @@ async def resume(folder: Path, *, steps: int) -> int:
             "data": "data.jsonl",
             "steps": steps,
             "resume": True,
+            **values,
         },
         {},
     )
@@ -62,3 +65,17 @@ async def test_a_run_is_finished_once_the_model_of_its_last_checkpoint_is_export
     else:
         with pytest.raises(SettingsError, match="step-000004"):
             await resume(tmp_path, steps=4)
+
+
+async def test_a_reproducible_run_sets_up_cuda_before_anything_may_start_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        with pytest.raises(SettingsError):
+            await resume(tmp_path, steps=1, reproducible=True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
