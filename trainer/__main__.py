@@ -57,14 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PinError, RewardChangedError, PublishError) as error:
         _log.error(f"the run stops: {error}")
         return EX_CONFIG
+    except _MetricsPortError as error:
+        _log.error(str(error))
+        return 1
     except (RpcFailure, BrokenServerError, NonFiniteLossError) as error:
         _log.error(f"the run stops: {error}")
         return 1
 
 
+class _MetricsPortError(Exception):
+    """The port is taken, by a process that may end: starting again may help."""
+
+
 @contextlib.contextmanager
 def _metrics_endpoint(settings: TrainerSettings) -> Iterator[None]:
-    endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host)
+    try:
+        endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host)
+    except OSError as error:
+        raise _MetricsPortError(error.strerror) from error
     try:
         if settings.endpoint_file is not None:
             url = endpoint.url if endpoint is not None else None
