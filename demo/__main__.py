@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from demo.corpus import CorpusError, load_reviews
@@ -212,11 +213,13 @@ def _environment() -> dict[str, str]:
 def _say_what_came_out(console: Console, report: Report, run_dir: Path, plan: Plan) -> None:
     print_report(console, report, run_dir, reward=plan.reward)
     python = os.path.relpath(sys.executable)
+    trained_at = yaml.safe_load(plan.trainer_config.read_text(encoding="utf-8")).get("temperature")
+    temperature = f" --temperature {trained_at}" if trained_at is not None else ""
     console.print(f"\n{run_dir}: report.json, learning.png, metrics.jsonl, samples.jsonl, checkpoints/, model/")
     console.print("\nTalk to the tuned policy:", style="bold")
     console.print(
         f"  {python} -m policy_server --model {run_dir / 'model'} --listen 127.0.0.1:50051 &\n"
-        f'  {python} -m policy_server.client generate --target 127.0.0.1:50051 "This film is"',
+        f'  {python} -m policy_server.client generate --target 127.0.0.1:50051 "This film is"{temperature}',
         highlight=False,
         soft_wrap=True,
     )
