@@ -78,14 +78,26 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         128, ge=0, description="Held-out prompts per evaluation; 0: no evaluation", json_schema_extra=_unit("prompts")
     )
     eval_every: int = Field(
-        10, ge=0, description="Evaluate every so many steps, at the start and at the end; 0: only then"
+        10,
+        ge=0,
+        description="Evaluate every so many steps, at the start and at the end; 0: only then",
+        json_schema_extra=_unit("PPO steps"),
     )
 
     # TRL counts `steps` in samples; a run here is counted in PPO steps, and `ppo_config` translates.
     steps: int = Field(100, ge=1, description="Length of the run", json_schema_extra=_unit("PPO steps"))
-    save_every: int = Field(10, ge=1, description="Write a checkpoint every so many steps")
-    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints to keep")
-    temperature: float = Field(1.0, gt=0, description="Logits are divided by it, in sampling and in training alike")
+    save_every: int = Field(
+        10, ge=1, description="Write a checkpoint every so many steps", json_schema_extra=_unit("PPO steps")
+    )
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Newest checkpoints to keep", json_schema_extra=_unit("checkpoints")
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Logits are divided by it, in sampling and in training alike",
+        json_schema_extra=_unit("ratio"),
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest completion", json_schema_extra=_unit("tokens"))
     max_prompt_tokens: int | None = Field(
         None,
@@ -103,7 +115,7 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         OldLogProbs.TRAINER, description="Old log-probabilities: recomputed by the trainer, or as sampled (rollout)"
     )
 
-    rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight")
+    rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight", json_schema_extra=_unit("calls"))
     policy_timeout: float = Field(
         300.0, gt=0, description="Deadline of one Generate or LogProbs call", json_schema_extra=_unit("seconds")
     )
@@ -114,12 +126,16 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         600.0, gt=0, description="Deadline of one transfer of the weights", json_schema_extra=_unit("seconds")
     )
 
-    threads: int | None = Field(None, ge=1, description="CPU threads for the model; unset: torch's default")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads for the model; unset: torch's default", json_schema_extra=_unit("threads")
+    )
     reproducible: bool = Field(
         False,
         description="Deterministic algorithms only: on CPU a resumed run repeats an uninterrupted one bit for bit",
     )
-    sample_lines: int = Field(4, ge=0, description="Training samples per step to keep in samples.jsonl")
+    sample_lines: int = Field(
+        4, ge=0, description="Training samples per step to keep in samples.jsonl", json_schema_extra=_unit("samples")
+    )
     track: list[TrackerName] = Field(
         default_factory=list, description="Trackers beside metrics.jsonl: tensorboard, wandb"
     )

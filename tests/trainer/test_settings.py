@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from rlhf.config import ConfigurationError, load_settings, read_settings
+from rlhf.config import ConfigurationError, ProcessSettings, load_settings, read_settings
 from trainer.settings import TrainerSettings
 
 GIVEN: dict[str, Any] = {
@@ -59,6 +59,20 @@ def test_ppo_gets_its_own_settings_and_the_length_of_the_run_in_samples() -> Non
     config = settings(steps=20, batch_size=64, learning_rate=1e-4).ppo_config()
 
     assert (config.batch_size, config.mini_batch_size, config.learning_rate, config.steps) == (64, 64, 1e-4, 1280)
+
+
+def test_every_number_has_a_unit() -> None:
+    def is_number(annotation: Any) -> bool:
+        return annotation in (int, float) or any(part in (int, float) for part in get_args(annotation))
+
+    numbers = {
+        name: field
+        for name, field in TrainerSettings.model_fields.items()
+        if is_number(field.annotation) and name not in ProcessSettings.model_fields
+    }
+
+    assert len(numbers) > 25
+    assert [name for name, field in numbers.items() if "unit" not in (field.json_schema_extra or {})] == []
 
 
 def test_a_mistake_on_the_command_line_exits_78(capsys: pytest.CaptureFixture[str]) -> None:

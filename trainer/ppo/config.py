@@ -51,11 +51,19 @@ class PPOConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the shuffles (and of the sampling, in the loop)")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the shuffles (and of the sampling, in the loop)",
+        json_schema_extra=_unit("number"),
+    )
     steps: int = Field(
         20_000, ge=1, description="Length of the run, as TRL counts it", json_schema_extra=_unit("samples")
     )
-    learning_rate: float = Field(1.41e-5, gt=0, description="Adam's learning rate")
+    learning_rate: float = Field(
+        1.41e-5, gt=0, description="Adam's learning rate", json_schema_extra=_unit("step size")
+    )
     adap_kl_ctrl: bool = Field(True, description="Adapt the KL coefficient to hold the KL near its target")
     init_kl_coef: float = Field(
         0.2, ge=0, description="KL coefficient at the start", json_schema_extra=_unit("reward per nat")
@@ -69,11 +77,20 @@ class PPOConfig(BaseModel):
     horizon: float = Field(
         10_000.0, gt=0, description="How slowly the KL coefficient adapts", json_schema_extra=_unit("samples")
     )
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="Lambda of the advantage estimate (GAE)")
-    cliprange: float = Field(0.2, gt=0, description="Clip of the policy's probability ratio: 1 ± cliprange")
-    cliprange_value: float = Field(0.2, gt=0, description="Clip of the value's change: old value ± cliprange_value")
-    vf_coef: float = Field(0.1, ge=0, description="Weight of the value loss")
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount per token", json_schema_extra=_unit("ratio"))
+    lam: float = Field(
+        0.95, ge=0, le=1, description="Lambda of the advantage estimate (GAE)", json_schema_extra=_unit("ratio")
+    )
+    cliprange: float = Field(
+        0.2, gt=0, description="Clip of the policy's probability ratio: 1 ± cliprange", json_schema_extra=_unit("ratio")
+    )
+    cliprange_value: float = Field(
+        0.2,
+        gt=0,
+        description="Clip of the value's change: old value ± cliprange_value",
+        json_schema_extra=_unit("value"),
+    )
+    vf_coef: float = Field(0.1, ge=0, description="Weight of the value loss", json_schema_extra=_unit("coefficient"))
     batch_size: int = Field(128, ge=1, description="Completions per PPO step", json_schema_extra=_unit("samples"))
     mini_batch_size: int | None = Field(
         None,
@@ -81,21 +98,33 @@ class PPOConfig(BaseModel):
         description="Completions per forward and backward; unset: the smaller of 128 and batch_size",
         json_schema_extra=_unit("samples"),
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Mini-batches per optimizer update")
-    ppo_epochs: int = Field(4, ge=1, description="Passes over the batch per PPO step")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="Mini-batches per optimizer update", json_schema_extra=_unit("mini-batches")
+    )
+    ppo_epochs: int = Field(
+        4, ge=1, description="Passes over the batch per PPO step", json_schema_extra=_unit("passes")
+    )
     max_grad_norm: float | None = Field(
-        None, gt=0, description="Clip of the gradient's norm at every update; unset: off"
+        None,
+        gt=0,
+        description="Clip of the gradient's norm at every update; unset: off",
+        json_schema_extra=_unit("L2 norm"),
     )
     early_stopping: bool = Field(
         False, description="Skip the remaining epochs once the policy's KL exceeds 1.5 target_kl"
     )
     target_kl: float = Field(1.0, gt=0, description="See early_stopping", json_schema_extra=_unit("nats per token"))
     ratio_threshold: float = Field(
-        10.0, gt=0, description="A mini-batch whose mean probability ratio exceeds this gets a loss of zero"
+        10.0,
+        gt=0,
+        description="A mini-batch whose mean probability ratio exceeds this gets a loss of zero",
+        json_schema_extra=_unit("ratio"),
     )
     use_score_scaling: bool = Field(False, description="Divide scores by their running standard deviation")
     use_score_norm: bool = Field(False, description="Subtract the running mean too; needs use_score_scaling")
-    score_clip: float | None = Field(None, gt=0, description="Clip scores to ± this, after scaling; unset: off")
+    score_clip: float | None = Field(
+        None, gt=0, description="Clip scores to ± this, after scaling; unset: off", json_schema_extra=_unit("reward")
+    )
     whiten_rewards: bool = Field(False, description="Scale token rewards to unit variance, keeping their mean")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory")
 
