@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class TrackerName(enum.Enum):
-    """What --log-with takes."""
+    """What --track takes."""
 
     TENSORBOARD = "tensorboard"
     WANDB = "wandb"
@@ -75,5 +75,5 @@ def open_trackers(
             else:
                 trackers.append(WandbTracker(run_id=run_id, settings=settings, folder=folder))
         except ImportError as error:
-            raise ImportError(f"--log-with {name.value}: pip install 'rlhf-services[{name.value}]'") from error
+            raise ImportError(f"--track {name.value}: pip install 'rlhf-services[{name.value}]'") from error
     return trackers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -169,9 +171,16 @@ def test_failed_samples_are_counted_by_their_codes_of_which_there_may_be_few(reg
     assert dropped("failed", "OTHER") == 951
 
 
-def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
-    from pathlib import Path
+def test_a_tracker_whose_library_is_missing_names_the_flag_and_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
 
+    with pytest.raises(ImportError, match=r"--track wandb: pip install .*\[wandb\]"):
+        open_trackers([TrackerName.WANDB], run_id="run", folder=tmp_path, settings={}, resumed_step=0)
+
+
+def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = Path(str(tmp_path))
