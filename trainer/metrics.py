@@ -52,11 +52,13 @@ class TrainerMetrics:
         for on in ("policy", "reward"):
             self.waiting.labels(on=on).set(0)
         self.generated_tokens = Counter(
-            "rlhf_trainer_generated_tokens", "Completion tokens received, training and evaluation.", registry=registry
+            "rlhf_trainer_generated_tokens",
+            "Completion tokens received in steps, of dropped samples too; evaluations are left out.",
+            registry=registry,
         )
         self.tokens_per_second = Gauge(
             "rlhf_trainer_tokens_per_second",
-            "Completion tokens trained on in the last step over its seconds.",
+            "Completion tokens received in the last step, of dropped samples too, over its seconds.",
             registry=registry,
         )
         self.reward_component = Gauge(
