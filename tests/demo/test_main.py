@@ -81,7 +81,6 @@ def demos(tmp_path: Path) -> Iterator[list[Demo]]:
             demo.process.wait(60)
 
 
-@pytest.mark.slow
 def test_it_runs_to_the_end_and_writes_what_it_promises(tmp_path: Path, demos: list[Demo]) -> None:
     demo = Demo(tmp_path, "--steps", "2", "--eval-every", "1")
     demos.append(demo)
@@ -96,6 +95,30 @@ def test_it_runs_to_the_end_and_writes_what_it_promises(tmp_path: Path, demos: l
         assert (demo.run_dir / name).exists()
     assert "before" in demo.output()
     assert not [pid for pid in report["pids"].values() if psutil.pid_exists(pid)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_as_shipped_it_teaches_praise_and_still_writes_many_different_reviews(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    run_dir = tmp_path / "run"
+    # Without --cache: the base model that `make demo` trained here, if it did, is the one under test.
+    result = subprocess.run(
+        [sys.executable, "-m", "demo", "--run-dir", str(run_dir)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1100,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["prompts"] == 128
+    assert report["reward_after"] - report["reward_before"] >= 0.35
+    assert report["kl"] <= 15
+    assert report["distinct_after"] >= 0.9
+    assert 0.5 <= report["length_after"] / report["length_before"] <= 1.5
+    assert len(set(report["pids"].values())) == 3
 
 
 @pytest.mark.slow
