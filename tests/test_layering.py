@@ -19,6 +19,38 @@ MAY_IMPORT = {
     "trainer": {"rlhf", "trainer"},
 }
 
+LAYERS = {
+    "policy_server": (
+        {"engine", "settings"},
+        {"metrics", "readiness", "validation"},
+        {"prompts", "manifest"},
+        {"service", "staging"},
+        {"directory", "updates"},
+        {"weights_service"},
+        {"assembly"},
+        {"__init__", "__main__", "client"},
+    ),
+    "reward_server": (
+        {"results", "workers", "settings"},
+        {"builtins", "memory", "metrics", "validation"},
+        {"kinds"},
+        {"scheduler", "wire"},
+        {"service"},
+        {"__init__", "__main__"},
+    ),
+    "trainer": (
+        {"ppo", "versions", "tokenizers", "metrics"},
+        {"model", "settings"},
+        {"learning", "clients"},
+        {"run", "quickstart"},
+        {"__init__", "__main__"},
+    ),
+}
+"""The parts of each package, from mathematics or plain data up to the command line."""
+
+BESIDE_THE_LAYERS = {"trainer/settings.py: trainer.run.tracking"}
+"""The names of the trackers, an enumeration."""
+
 MATHEMATICS_MAY_IMPORT = {"torch", "numpy", "pydantic"}
 
 
@@ -52,6 +84,24 @@ def test_nothing_that_is_installed_imports_what_is_not(package: str) -> None:
         if name.partition(".")[0] == package
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_a_part_of_a_package_imports_only_parts_below_it(package: str) -> None:
+    place = {part: number for number, parts in enumerate(LAYERS[package]) for part in parts}
+    parts = {
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert parts == place.keys(), "every part has its place among the layers"
+    wrong = [
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for name in imported(file)
+        if name.startswith(f"{package}.")
+        for part, other in [(file.relative_to(ROOT / package).parts[0].removesuffix(".py"), name.split(".")[1])]
+        if part != other and place[other] >= place[part]
+    ]
+    assert set(wrong) == {name for name in BESIDE_THE_LAYERS if name.startswith(package)}
 
 
 def test_the_mathematics_imports_only_tensors_and_the_standard_library() -> None:
