@@ -43,7 +43,9 @@ class ProcessSettings(BaseSettings):
     )
     log_level: LogLevel = Field(default="info", description="Least level that is logged")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | Literal["auto"] = Field(
-        default=0, description="Port of the Prometheus metrics; 0 = off, auto = the OS picks"
+        default=0,
+        description="Port of the Prometheus metrics; 0 = off, auto = the OS picks",
+        json_schema_extra={"unit": "port"},
     )
     metrics_host: str = Field(default="127.0.0.1", min_length=1, description="Address that the metrics listen on")
     endpoint_file: Path | None = Field(

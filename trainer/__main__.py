@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from rlhf.config import EX_CONFIG, load_settings
 from rlhf.endpoint import write_endpoint_file
+from rlhf.extras import brought_by
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
 from rlhf.metrics import serve_metrics
@@ -27,19 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = load_settings(TrainerSettings, argv, prog="python -m trainer")
     configure_logging(settings.log_format, settings.log_level)
     # Seconds of importing torch come after mistakes in the settings have been told.
-    from trainer.clients.policy import BrokenServerError
-    from trainer.clients.publisher import PublishError
-    from trainer.clients.rewards import RewardChangedError
-    from trainer.learning.learner import NonFiniteLossError
-    from trainer.metrics import TrainerMetrics
-    from trainer.run.assembly import run
-    from trainer.run.checkpoints import CheckpointError
-    from trainer.run.loading import SettingsError
-    from trainer.run.pinning import PinError
-    from trainer.run.progress import Progress, wants_live_display
-    from trainer.run.prompts import PromptDataError
-    from trainer.run.runfolder import RunFolderError, lock_run_folder
-    from trainer.run.waiting import WaitBoard
+    with brought_by("trainer"):
+        from trainer.clients.policy import BrokenServerError
+        from trainer.clients.publisher import PublishError
+        from trainer.clients.rewards import RewardChangedError
+        from trainer.learning.learner import NonFiniteLossError
+        from trainer.metrics import TrainerMetrics
+        from trainer.run.assembly import run
+        from trainer.run.checkpoints import CheckpointError
+        from trainer.run.loading import SettingsError
+        from trainer.run.pinning import PinError
+        from trainer.run.progress import Progress, wants_live_display
+        from trainer.run.prompts import PromptDataError
+        from trainer.run.runfolder import RunFolderError, lock_run_folder
+        from trainer.run.waiting import WaitBoard
 
     metrics = TrainerMetrics()
     waits = WaitBoard(metrics)
