@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.integration.training import STEPS, World, assert_accounted_once, assert_finished, assert_same_bits
+from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, metric
 from tests.support.processes import wait_for
 
 
@@ -38,19 +38,79 @@ def test_a_run_that_is_stopped_then_killed_ends_like_one_that_was_left_alone(wor
     assert_equal_runs(world, run, uninterrupted)
 
 
+def seconds_from_begin_to_end(world: World, run: str) -> float:
+    """From the first file of a finished run to the last of its model."""
+    folder = world.folder / run
+    return max(file.stat().st_mtime for file in (folder / "model").iterdir()) - begun_at(world, run)
+
+
+def begun_at(world: World, run: str) -> float:
+    return (world.folder / run / "settings.yaml").stat().st_mtime
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(10))
 def test_a_run_killed_at_a_random_moment_ends_like_one_that_was_left_alone(
     world: World, uninterrupted: str, number: int
 ) -> None:
-    moment = random.Random(number)
+    chance = random.Random(number)
     run = f"killed-{number}"
-    trainer = world.trainer(run, save_every=moment.choice([1, 2]))
-    after = moment.randrange(STEPS)
-    wait_for(lambda: world.steps_done(run) >= after, within=120, what=f"{after} steps")
-    # A random moment is what is tested here, not a wait for something.
-    time.sleep(moment.uniform(0.0, 0.6))
+    trainer = world.trainer(run, save_every=chance.choice([1, 2]))
+    wait_for((world.folder / run / "settings.yaml").exists, within=120, what="begin of the run")
+    # One moment in every tenth of a run; a random moment is what is tested here, not a wait for something.
+    moment = begun_at(world, run) + (number + chance.random()) / 10 * seconds_from_begin_to_end(world, uninterrupted)
+    time.sleep(max(0.0, moment - time.time()))
     trainer.kill()
+
+    assert_finished(world.trainer(run, "--resume"))
+
+    assert_equal_runs(world, run, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "half_written", ["checkpoints/.partial-step-*", ".partial-model"], ids=["checkpoint", "export"]
+)
+def test_a_run_killed_while_it_writes_ends_like_one_that_was_left_alone(
+    world: World, uninterrupted: str, half_written: str
+) -> None:
+    # What is written here takes a few milliseconds, which a busy machine may sleep through.
+    for attempt in range(3):
+        run = f"killed-writing-{half_written.strip('.*').replace('/', '-')}-{attempt}"
+        folder = world.folder / run
+        trainer = world.trainer(run)
+        wait_for((folder / "settings.yaml").exists, within=120, what="begin of the run")
+        while trainer.poll() is None and not list(folder.glob(half_written)):
+            pass
+        trainer.kill()
+        if list(folder.glob(half_written)):
+            break
+    else:
+        pytest.fail("three runs wrote faster than this test could kill them")
+
+    assert_finished(world.trainer(run, "--resume"))
+
+    assert_equal_runs(world, run, uninterrupted)
+    assert not list(folder.glob(half_written))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_publishes_ends_like_one_that_was_left_alone(world: World, uninterrupted: str) -> None:
+    run = "killed-publishing"
+    trainer = world.trainer(run)
+    trainer.wait_bound()
+
+    def times(phase: str) -> float:
+        return metric(trainer, "rlhf_trainer_phase_seconds_count", phase=phase)
+
+    wait_for(lambda: times("rollout") >= 2, within=120, what="second rollout")
+    world.policy.signal(signal.SIGSTOP)  # during the update that follows: its publish can't end
+    try:
+        wait_for(lambda: times("learn") >= 2, within=60, what="second update")
+        assert times("publish") == 2, "the server was stopped too late: after the publishes of the start and two steps"
+        trainer.kill()
+    finally:
+        world.policy.signal(signal.SIGCONT)
 
     assert_finished(world.trainer(run, "--resume"))
 
