@@ -206,9 +206,7 @@ class TrainingLoop:
         prefixed = {f"evaluation/{name}": value for name, value in numbers.items()}
         self._parts.metrics.set_statistics(prefixed)
         self._track(step, prefixed)
-        self._parts.progress.evaluated(
-            step, {name: numbers[name] for name in ("reward_mean", "kl_mean", "length_mean")}
-        )
+        self._parts.progress.evaluated(step, numbers)
 
     async def _reference_logprobs(self, rollouts: Sequence[Rollout]) -> Sequence[Sequence[float] | None]:
         reference = self._parts.local_reference

@@ -27,6 +27,8 @@ _SHOWN = {
     "tokens/s": "throughput/tokens_per_second",
 }
 
+_SHOWN_HELD_OUT = {"reward": "reward_mean", "KL": "kl_mean", "length": "length_mean"}
+
 
 class Progress:
     """Knows the run's step, phase and last numbers. As a context it shows them live if `live`, else as log lines."""
@@ -86,7 +88,9 @@ class Progress:
 
     def evaluated(self, step: int, numbers: Mapping[str, float | None]) -> None:
         """Held-out prompts were evaluated after `step`."""
-        self._held_out = {key: value for key, value in numbers.items() if value is not None}
+        self._held_out = {
+            label: value for label, key in _SHOWN_HELD_OUT.items() if (value := numbers.get(key)) is not None
+        }
         if self._live is None:
             _log.info(f"evaluation after step {step}", **{k: float(f"{v:.4g}") for k, v in self._held_out.items()})
 
@@ -100,10 +104,9 @@ class Progress:
         )
         lines: list[RenderableType] = [head]
         if self._numbers:
-            lines.append(Text("  ".join(f"{label} {value:.4g}" for label, value in self._numbers.items())))
+            lines.append(Text(_told(self._numbers)))
         if self._held_out:
-            numbers = "  ".join(f"{key} {value:.4g}" for key, value in self._held_out.items())
-            lines.append(Text(f"held out: {numbers}", style="cyan"))
+            lines.append(Text(f"held out: {_told(self._held_out)}", style="cyan"))
         for on, wait in self._waits.waits.items():
             lines.append(
                 Text(
@@ -116,6 +119,11 @@ class Progress:
     def _phase_text(self) -> str:
         counts = f" {self._counts[0]}/{self._counts[1]}" if self._counts else ""
         return f"{self._phase}{counts} ({time.monotonic() - self._phase_since:.0f} s)"
+
+
+def _told(numbers: Mapping[str, float]) -> str:
+    """Two decimals: a KL that is rounding noise reads 0.00."""
+    return "  ".join(f"{label} {value:.2f}" for label, value in numbers.items())
 
 
 def wants_live_display(log_format: str) -> bool:

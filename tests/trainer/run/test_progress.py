@@ -52,7 +52,7 @@ def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBo
 
     assert "step 3/20" in text
     assert "rollout 5/8" in text
-    assert "reward 0.25  KL 1.5  length 12" in text
+    assert "reward 0.25  KL 1.50  length 12.00" in text
     assert "waiting for the reward server 127.0.0.1:7 for 61 s: UNAVAILABLE: connection refused" in text
 
 
@@ -77,7 +77,7 @@ def test_without_a_terminal_a_step_is_one_line_with_its_numbers(
 
     assert caplog.messages == [
         "step 3/20 reward=0.25 KL=1.5 length=12.0",
-        "evaluation after step 3 reward_mean=0.5",
+        "evaluation after step 3 reward=0.5",
     ]
 
 
