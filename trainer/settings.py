@@ -13,7 +13,6 @@ from pydantic_settings import SettingsConfigDict
 from rlhf.config import ProcessSettings
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
-from trainer.run.tracking import TrackerName
 
 
 class ReferencePlace(enum.StrEnum):
@@ -21,6 +20,13 @@ class ReferencePlace(enum.StrEnum):
 
     SERVER = "server"
     TRAINER = "trainer"
+
+
+class TrackerName(enum.Enum):
+    """What --track takes."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
 
 
 class OldLogProbs(enum.StrEnum):

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-
-class TrackerName(enum.Enum):
-    """What --track takes."""
-
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
+from trainer.settings import TrackerName
 
 
 class Tracker(Protocol):

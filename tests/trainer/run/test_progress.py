@@ -13,8 +13,9 @@ from rich.console import Console
 from rlhf.channel import Waiting
 from trainer.metrics import TrainerMetrics
 from trainer.run.progress import Progress
-from trainer.run.tracking import TrackerName, open_trackers
+from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
+from trainer.settings import TrackerName
 
 STATISTICS = {"ppo/mean_scores": 0.25, "objective/kl": 1.5, "tokens/responses_len_mean": 12.0, "undefined": None}
 
