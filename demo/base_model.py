@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from demo.data import Split
 from trainer.tokenizers import save_tokenizer
@@ -70,6 +71,9 @@ def base_model(cache: Path, split: Split, recipe: Recipe, console: Console) -> P
         console.print(f"Base model: {folder} (cached)")
         return folder
     console.print("Training the base model on the reviews, once; it is cached afterwards.")
+    # Its hints are for other uses of a model than this loop, and its bars would break ours.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     train, held_out = [review.text for review in split.train], [review.text for review in split.held_out]
     tokenizer = train_tokenizer(train, recipe.vocabulary)
     model, report = train_model(tokenizer, train, held_out, recipe, console)
