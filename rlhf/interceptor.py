@@ -74,6 +74,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return _with_behaviour(handler, surrounded)
 
 
+# The server's clock for a deadline starts when the call arrives, so the caller's reset comes about this much before.
+_ARRIVAL_SECONDS = 0.05
+
+
 class _CountedRequests:
     """A stream of requests that counts what passes."""
 
@@ -104,7 +108,8 @@ async def _failures_as_status(context: _Context, call: CallMetrics, name: Method
         call.code = context.code()
         raise
     except asyncio.CancelledError:
-        late = context.time_remaining() == 0
+        left = context.time_remaining()
+        late = left is not None and left <= _ARRIVAL_SECONDS
         call.code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
         raise
     except Exception as error:

@@ -39,10 +39,10 @@ def _call(served: Served, method: str, message: dict[str, Any], **options: Any) 
     return stub(_each(message), **options)
 
 
-async def _counted(served: Served, method: str, code: str) -> None:
-    """Until the end of a call is counted: a caller that gave up does not see it."""
-    async with asyncio.timeout(5):
-        while served.sample("grpc_server_handled_total", method, grpc_code=code) != 1:  # noqa: ASYNC110 - a metric
+async def _counted(served: Served, method: str, *codes: str) -> None:
+    """Until the end of a call is counted under one of `codes`: a caller that gave up does not see it."""
+    async with asyncio.timeout(20):
+        while not any(served.sample("grpc_server_handled_total", method, grpc_code=code) == 1 for code in codes):  # noqa: ASYNC110 - a metric
             await asyncio.sleep(0.01)
 
 
@@ -114,10 +114,11 @@ async def test_a_caller_that_cancels_interrupts_the_handler(serve: Serve, method
 @pytest.mark.parametrize("method", KINDS)
 async def test_a_deadline_interrupts_the_handler(serve: Serve, method: str) -> None:
     async with serve() as served:
-        error = await failure_of(_call(served, method, {"wait_seconds": 60}, timeout=0.2))
+        error = await failure_of(_call(served, method, {"wait_seconds": 60}, timeout=1))
 
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await _counted(served, method, "DEADLINE_EXCEEDED")
+        # The server's deadline began when the call arrived; on a busy machine the caller's reset comes clearly before.
+        await _counted(served, method, "DEADLINE_EXCEEDED", "CANCELLED")
         assert served.servicer.cut == ["CancelledError"]
 
 
