@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # A command line in a console block, with its continuation lines.
-COMMAND = re.compile(r"^\$ (python -m (?:policy_server|reward_server|trainer) (?:.*\\\n)*.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^(?:\$ )?(python -m (?:policy_server|reward_server|trainer) (?:.*\\\n)*.*)$", re.MULTILINE)
 
 
 def documented() -> Iterator[str]:
