@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
-from reward_server.kinds.function import FunctionReward
-from reward_server.kinds.loading import RewardLoadError, load_function
-from reward_server.memory import OutcomeMemory
+from reward_server.assembly import make_reward
+from reward_server.kinds import RewardKind, RewardLoadError
 from reward_server.scheduler import Scheduler
 from reward_server.service import SERVICE_NAME, RewardService
 from reward_server.settings import RewardSettings
@@ -17,24 +17,19 @@ from rlhf.logs import configure_logging, get_logger
 from rlhf.reward.v1 import reward_pb2_grpc
 from rlhf.server import BindError, Server
 
+_log = get_logger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the reward, serve it until a signal, drain; the exit status."""
+    """Make the reward, serve it until a signal, drain; the exit status."""
     settings = load_settings(RewardSettings, argv, prog="python -m reward_server")
     configure_logging(settings.log_format, settings.log_level)
     try:
-        function = load_function(settings.reward, settings.reward_options)
+        reward = make_reward(settings.reward, settings.reward_options, settings.limits())
+        asyncio.run(_serve(reward, settings))
     except RewardLoadError as error:
         print(f"reward_server: {error}", file=sys.stderr)
         return EX_CONFIG
-    reward = FunctionReward(
-        function,
-        threads=settings.reward_threads,
-        async_calls=settings.max_concurrent_calls,
-        version=settings.reward_version,
-    )
-    try:
-        asyncio.run(_serve(reward, settings))
     except BindError as error:
         # Not EX_CONFIG: what holds the port may be gone when we are started again.
         print(f"reward_server: {error}", file=sys.stderr)
@@ -42,16 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(reward: FunctionReward, settings: RewardSettings) -> None:
-    scheduler = Scheduler(
-        reward,
-        batch_size=settings.batch_size,
-        max_queue_samples=settings.max_queue_samples,
-        memory=OutcomeMemory(settings.remember_samples),
-    )
+async def _serve(reward: RewardKind, settings: RewardSettings) -> None:
+    """Answer health at once, open the service when the reward has started, serve until a signal."""
     service = RewardService(
-        reward.description,
-        scheduler,
         max_samples=settings.max_samples,
         max_request_bytes=settings.max_message_bytes,
         max_concurrent_calls=settings.max_concurrent_calls,
@@ -67,10 +55,31 @@ async def _serve(reward: FunctionReward, settings: RewardSettings) -> None:
         endpoint_file=settings.endpoint_file,
     )
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
-    server.register(SERVICE_NAME, serving=True)
-    get_logger(__name__).info("loaded", reward=reward.description.name, version=reward.description.version)
+    server.register(SERVICE_NAME, serving=False)
     await server.start()
-    await server.run_until_signalled()
+    opening = asyncio.create_task(_open(reward, service, server, settings))
+    serving = asyncio.create_task(server.run_until_signalled())
+    try:
+        await asyncio.wait([opening, serving], return_when=asyncio.FIRST_COMPLETED)
+        if opening.done():
+            opening.result()
+            await serving
+    finally:
+        opening.cancel()
+        serving.cancel()
+        await asyncio.gather(opening, serving, return_exceptions=True)
+        await server.stop()
+        await reward.close()
+
+
+async def _open(reward: RewardKind, service: RewardService, server: Server, settings: RewardSettings) -> None:
+    await reward.start()
+    description = reward.description
+    if settings.reward_version:
+        description = replace(description, version=settings.reward_version)
+    service.open(description, Scheduler(reward, settings.limits()))
+    server.set_serving(SERVICE_NAME, True)
+    _log.info("ready", kind=reward.kind, reward=description.name, version=description.version)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ class OutcomeMemory:
             self._entries.move_to_end(key)
         return entry
 
+    def forget(self, key: SampleKey) -> None:
+        """Judge it anew when it comes again; does nothing for what is not remembered."""
+        self._entries.pop(key, None)
+
     def remember(self, key: SampleKey, fingerprint: bytes, outcome: Outcome) -> None:
         """Keep a final outcome; forgets the oldest beyond the capacity."""
         if isinstance(outcome, Pending):

@@ -35,7 +35,7 @@ class RetryLater(Exception):  # noqa: N818 - an instruction to the caller, not a
         self.seconds = seconds
 
 
-class FailureCode(enum.Enum):
+class FailureCode(enum.StrEnum):
     """Why a sample failed; the names go over the wire and into metrics, so they never change."""
 
     MISSING_METADATA = "MISSING_METADATA"
@@ -46,6 +46,11 @@ class FailureCode(enum.Enum):
     WRONG_RESULT = "WRONG_RESULT"
     NOT_FINITE = "NOT_FINITE"
     SAMPLE_ID_CLASH = "SAMPLE_ID_CLASH"
+    EXPIRED = "EXPIRED"
+    SAMPLE_TOO_LARGE = "SAMPLE_TOO_LARGE"
+    REMOTE_REFUSED = "REMOTE_REFUSED"
+    JUDGE_REFUSED = "JUDGE_REFUSED"
+    JUDGE_UNREADABLE = "JUDGE_UNREADABLE"
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ class Pending:
 
 @dataclass(frozen=True)
 class Failed:
-    """Can never be judged."""
+    """Can never be judged. code: one of FailureCode, or another server's own, UPPER_SNAKE_CASE."""
 
-    code: FailureCode
+    code: str
     message: str
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from reward_server import metrics
-from reward_server.kinds import RewardKind, Sample
+from reward_server.kinds import Limits, RewardKind, Sample, Scope
 from reward_server.memory import OutcomeMemory, SampleKey
 from reward_server.results import Failed, FailureCode, Outcome, Pending
 from rlhf import failures
@@ -29,18 +30,9 @@ SAMPLE_ID_CLASH = Failed(
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A sample on its way through the server; `fingerprint` tells whether two of one key have the same content."""
-
-    key: SampleKey
-    fingerprint: bytes
-    sample: Sample
-
-
 @dataclass(eq=False)
 class _Job:
-    entry: Entry
+    sample: Sample
     outcome: asyncio.Future[Outcome]
     batch: _Batch | None = None
     waiting_calls: int = 0
@@ -54,6 +46,7 @@ class _Job:
 @dataclass(eq=False)
 class _Batch:
     jobs: list[_Job]
+    answer_by: float | None
     task: asyncio.Task[None] | None = None
     started: bool = False
 
@@ -62,42 +55,48 @@ class _Batch:
 
 
 class Scheduler:
-    """Runs a reward over batches of at most `batch_size` samples, at most `reward.concurrency` batches at a time.
+    """Runs a started reward over batches of its size, as many at a time as it can use.
 
-    At most `max_queue_samples` samples wait or run; beyond that a call is refused at once with RESOURCE_EXHAUSTED
-    and an estimate of when to come back. A call larger than the whole queue is let in when the queue is empty.
+    At most `limits.max_queue_samples` samples wait or run; beyond that a call is refused at once with
+    RESOURCE_EXHAUSTED and an estimate of when to come back. A call larger than the whole queue is let in when the queue
+    is empty. component: the reward's name within a composite, a label of its metrics; empty = it is served itself.
     """
 
-    def __init__(self, reward: RewardKind, *, batch_size: int, max_queue_samples: int, memory: OutcomeMemory) -> None:
+    def __init__(self, reward: RewardKind, limits: Limits, *, component: str = "") -> None:
         self._reward = reward
-        self._batch_size = batch_size
-        self._max_queue_samples = max_queue_samples
-        self._memory = memory
+        self._by_group = reward.description.scope is Scope.GROUP
+        self._max_queue_samples = limits.max_queue_samples
+        self._memory = OutcomeMemory(limits.remember_samples)
+        self._metrics = metrics.RewardMetrics(reward.kind, component)
         self._slots = asyncio.Semaphore(reward.concurrency)
         self._jobs: dict[SampleKey, _Job] = {}
         self._batches: set[_Batch] = set()
         self._seconds_per_sample = 0.01
 
-    async def score(self, entries: Sequence[Entry], seconds: float | None = None) -> list[Outcome]:
-        """One outcome per entry, in order; what takes longer than `seconds` (None = for ever) is Pending and goes on.
+    async def score(self, samples: Sequence[Sample], answer_by: float | None = None) -> list[Outcome]:
+        """One outcome per sample, in order; what is not judged by then is Pending, and goes on.
 
-        Raises RpcFailure (overloaded) when the queue is full.
+        answer_by: a time.monotonic(); None = wait for ever. With Scope.GROUP the samples are whole groups. Raises
+        RpcFailure (overloaded) when the queue is full.
         """
+        if self._by_group:
+            self._forget_what_is_left_of_groups(samples)
         answers: list[Outcome | _Job] = []
         fresh: list[_Job] = []
-        for entry in entries:
-            answer = self._known(entry)
+        for sample in samples:
+            answer = self._known(sample)
             if answer is None:
-                answer = _Job(entry, asyncio.get_running_loop().create_future())
+                answer = _Job(sample, asyncio.get_running_loop().create_future())
                 fresh.append(answer)
             answers.append(answer)
-        self._admit(fresh)
+        self._admit(fresh, answer_by)
         jobs = [answer for answer in answers if isinstance(answer, _Job)]
         for job in jobs:
             job.waiting_calls += 1
         try:
             # asyncio.wait does not cancel the futures when this call is cancelled: others may wait for them too.
             if jobs:
+                seconds = None if answer_by is None else max(0.0, answer_by - time.monotonic())
                 await asyncio.wait([job.outcome for job in jobs], timeout=seconds)
             late = [job for job in jobs if not job.outcome.done()]
             come_back = Pending(self._seconds_to_come_back())
@@ -120,33 +119,58 @@ class Scheduler:
             job.expected_calls -= 1
             self._give_up_unless_wanted(job)
 
-    def _known(self, entry: Entry) -> Outcome | _Job | None:
-        remembered = self._memory.recall(entry.key)
+    def _known(self, sample: Sample) -> Outcome | _Job | None:
+        remembered = self._memory.recall(sample.key)
         if remembered is not None:
-            metrics.SAMPLES_REPEATED.inc()
+            self._metrics.repeated.inc()
             fingerprint, outcome = remembered
-            return outcome if fingerprint == entry.fingerprint else SAMPLE_ID_CLASH
-        job = self._jobs.get(entry.key)
+            return outcome if fingerprint == sample.fingerprint else SAMPLE_ID_CLASH
+        job = self._jobs.get(sample.key)
         if job is not None:
-            metrics.SAMPLES_REPEATED.inc()
-            return job if job.entry.fingerprint == entry.fingerprint else SAMPLE_ID_CLASH
+            self._metrics.repeated.inc()
+            return job if job.sample.fingerprint == sample.fingerprint else SAMPLE_ID_CLASH
         return None
 
-    def _admit(self, fresh: Sequence[_Job]) -> None:
+    def _forget_what_is_left_of_groups(self, samples: Sequence[Sample]) -> None:
+        """A group of which a sample was forgotten is judged anew, whole: a part of it cannot be."""
+        unknown = {
+            sample.group_id
+            for sample in samples
+            if sample.key not in self._jobs and self._memory.recall(sample.key) is None
+        }
+        for sample in samples:
+            if sample.group_id in unknown:
+                self._memory.forget(sample.key)
+
+    def _admit(self, fresh: Sequence[_Job], answer_by: float | None) -> None:
         if self._jobs and len(self._jobs) + len(fresh) > self._max_queue_samples:
             raise failures.overloaded(
                 f"{len(self._jobs)} samples wait already; the queue holds {self._max_queue_samples}",
                 retry_after=self._seconds_to_come_back(),
             )
         for job in fresh:
-            self._jobs[job.entry.key] = job
-        metrics.QUEUE_SAMPLES.set(len(self._jobs))
-        for first in range(0, len(fresh), self._batch_size):
-            batch = _Batch(list(fresh[first : first + self._batch_size]))
+            self._jobs[job.sample.key] = job
+        self._metrics.queue_samples.set(len(self._jobs))
+        for jobs in self._cut(fresh):
+            batch = _Batch(jobs, answer_by)
             for job in batch.jobs:
                 job.batch = batch
             batch.task = asyncio.create_task(self._run(batch))
             self._batches.add(batch)
+
+    def _cut(self, fresh: Sequence[_Job]) -> Iterator[list[_Job]]:
+        """Batches of at most the reward's size; only a group that is larger than that makes a larger one."""
+        jobs = sorted(fresh, key=lambda job: job.sample.group_id) if self._by_group else fresh
+        units = groupby(jobs, key=lambda job: job.sample.group_id if self._by_group else job)
+        batch: list[_Job] = []
+        for _, unit in units:
+            together = list(unit)
+            if batch and len(batch) + len(together) > self._reward.batch_size:
+                yield batch
+                batch = []
+            batch += together
+        if batch:
+            yield batch
 
     def _seconds_to_come_back(self) -> float:
         wait = len(self._jobs) * self._seconds_per_sample / self._reward.concurrency
@@ -169,21 +193,22 @@ class Scheduler:
 
     def _forget(self, job: _Job) -> None:
         # A newer job may stand under the same key by now.
-        if self._jobs.get(job.entry.key) is job:
-            del self._jobs[job.entry.key]
-        metrics.QUEUE_SAMPLES.set(len(self._jobs))
+        if self._jobs.get(job.sample.key) is job:
+            del self._jobs[job.sample.key]
+        self._metrics.queue_samples.set(len(self._jobs))
 
     async def _run(self, batch: _Batch) -> None:
         try:
             async with self._slots:
-                batch.jobs = [job for job in batch.jobs if job.wanted()]
+                if not self._by_group:
+                    batch.jobs = [job for job in batch.jobs if job.wanted()]
                 batch.started = True
-                outcomes = await self._judge([job.entry.sample for job in batch.jobs])
+                outcomes = await self._judge([job.sample for job in batch.jobs], batch.answer_by)
             for job, outcome in zip(batch.jobs, outcomes, strict=True):
-                metrics.observe_outcome(outcome)
-                self._memory.remember(job.entry.key, job.entry.fingerprint, outcome)
+                self._metrics.observe(outcome)
+                self._memory.remember(job.sample.key, job.sample.fingerprint, outcome)
                 job.outcome.set_result(outcome)
-            metrics.REMEMBERED_SAMPLES.set(len(self._memory))
+            self._metrics.remembered_samples.set(len(self._memory))
         except asyncio.CancelledError:
             # We cancel only what nobody waits for; the rest is the process ending, or the reward itself.
             self._fail(batch, failures.unavailable("the reward was cancelled"))
@@ -203,13 +228,13 @@ class Scheduler:
         if wanted and not any(job.waiting_calls for job in wanted):
             _log.error("a batch failed while no call waited for it", samples=len(wanted), exc_info=error)
 
-    async def _judge(self, samples: Sequence[Sample]) -> list[Outcome]:
-        metrics.BATCH_SAMPLES.observe(len(samples))
+    async def _judge(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
+        self._metrics.batch_samples.observe(len(samples))
         began = time.perf_counter()
-        with metrics.RUNNING_BATCHES.track_inprogress():
-            outcomes = await self._reward.score(samples)
+        with self._metrics.running_batches.track_inprogress():
+            outcomes = await self._reward.score(samples, answer_by)
         seconds = time.perf_counter() - began
-        metrics.BATCH_SECONDS.observe(seconds)
+        self._metrics.batch_seconds.observe(seconds)
         # A moving average is enough to tell a refused client when to come back.
         self._seconds_per_sample += 0.2 * (seconds / len(samples) - self._seconds_per_sample)
         return outcomes

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import grpc
 
-from reward_server.kinds import Description
-from reward_server.memory import SampleKey
+from reward_server.kinds import Description, Sample, Scope
+from reward_server.kinds.groups import fail_whole_groups
 from reward_server.results import Failed, Outcome
-from reward_server.scheduler import Entry, Scheduler
+from reward_server.scheduler import Scheduler
 from reward_server.validation import check_score_request
-from reward_server.wire import decode, encode, fingerprint
+from reward_server.wire import decode, encode
 from rlhf import failures
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 
@@ -21,75 +22,77 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RewardService(reward_pb2_grpc.RewardServiceServicer):
-    """Serves one reward, under its name and as the default.
+    """Serves one reward, under its name and as the default; before `open`, calls are UNAVAILABLE.
 
     max_samples: per call. max_request_bytes: encoded. max_concurrent_calls: what a client is told to keep to; the
     scheduler's bounded queue is what protects the server.
     """
 
-    def __init__(
-        self,
-        description: Description,
-        scheduler: Scheduler,
-        *,
-        max_samples: int,
-        max_request_bytes: int,
-        max_concurrent_calls: int,
-    ) -> None:
-        self._description = description
-        self._scheduler = scheduler
+    def __init__(self, *, max_samples: int, max_request_bytes: int, max_concurrent_calls: int) -> None:
+        self._served: tuple[Description, Scheduler] | None = None
         self._max_samples = max_samples
         self._max_request_bytes = max_request_bytes
         self._max_concurrent_calls = max_concurrent_calls
+
+    def open(self, description: Description, scheduler: Scheduler) -> None:
+        """The reward has started: judge from now on."""
+        self._served = (description, scheduler)
 
     async def Score(  # noqa: N802 - the contract's name
         self, request: reward_pb2.ScoreRequest, context: _Context
     ) -> reward_pb2.ScoreResponse:
         """Judge every sample of the request; see reward.proto."""
-        check_score_request(request, max_samples=self._max_samples)
-        self._find(request.reward)
+        description, scheduler = self._find(request.reward)
+        check_score_request(request, max_samples=self._max_samples, scope=description.scope)
         json_keys = frozenset(request.json_metadata_keys)
-        outcomes: dict[str, Outcome] = {}
-        entries: list[Entry] = []
-        for sample in request.samples:
-            decoded = decode(sample, json_keys)
-            if isinstance(decoded, Failed):
-                outcomes[sample.sample_id] = decoded
-            else:
-                key = SampleKey(request.run_id, sample.sample_id)
-                entries.append(Entry(key, fingerprint(sample, json_keys), decoded))
-        judged = await self._scheduler.score(entries, _patience(context))
-        for entry, outcome in zip(entries, judged, strict=True):
-            outcomes[entry.key.sample_id] = outcome
+        decoded = [decode(request.run_id, sample, json_keys) for sample in request.samples]
+        outcomes: list[Outcome | None] = [each if isinstance(each, Failed) else None for each in decoded]
+        if description.scope is Scope.GROUP:
+            outcomes = fail_whole_groups([sample.group_id for sample in request.samples], outcomes)
+        samples = [
+            each
+            for each, outcome in zip(decoded, outcomes, strict=True)
+            if outcome is None and isinstance(each, Sample)
+        ]
+        judged = iter(await scheduler.score(samples, _answer_by(context)))
         return reward_pb2.ScoreResponse(
-            results=[encode(sample.sample_id, outcomes[sample.sample_id]) for sample in request.samples]
+            results=[
+                encode(sample.sample_id, next(judged) if outcome is None else outcome)
+                for sample, outcome in zip(request.samples, outcomes, strict=True)
+            ]
         )
 
     async def GetRewardInfo(  # noqa: N802 - the contract's name
         self, request: reward_pb2.GetRewardInfoRequest, context: _Context
     ) -> reward_pb2.GetRewardInfoResponse:
         """What clients must know; constant while the process lives."""
-        self._find(request.reward)
-        return reward_pb2.GetRewardInfoResponse(
-            name=self._description.name,
-            version=self._description.version,
+        description, _ = self._find(request.reward)
+        answer = reward_pb2.GetRewardInfoResponse(
+            name=description.name,
+            version=description.version,
             max_samples=self._max_samples,
             max_request_bytes=self._max_request_bytes,
             max_concurrent_calls=self._max_concurrent_calls,
-            scope=reward_pb2.SCOPE_SAMPLE,
-            required_metadata=self._description.required_metadata,
-            needs_token_ids=self._description.needs_token_ids,
+            scope=reward_pb2.SCOPE_GROUP if description.scope is Scope.GROUP else reward_pb2.SCOPE_SAMPLE,
+            required_metadata=description.required_metadata,
+            needs_token_ids=description.needs_token_ids,
         )
+        if description.remembers is not None:
+            answer.remembers.FromNanoseconds(round(description.remembers * 1e9))
+        return answer
 
-    def _find(self, reward: str) -> None:
-        if reward not in ("", self._description.name):
-            only = self._description.name
+    def _find(self, reward: str) -> tuple[Description, Scheduler]:
+        if self._served is None:
+            raise failures.unavailable("the reward is not ready yet")
+        only = self._served[0].name
+        if reward not in ("", only):
             raise failures.not_found("reward", f"reward {reward[:64]!r} (the only one here is {only!r})")
+        return self._served
 
 
-def _patience(context: _Context) -> float | None:
-    """Seconds to judge in, so that the answer arrives within the call's deadline; None = the call has none."""
+def _answer_by(context: _Context) -> float | None:
+    """The time.monotonic() to answer by, so that the answer arrives within the call's deadline; None = it has none."""
     remaining: float | None = context.time_remaining()
     if remaining is None:
         return None
-    return max(0.0, remaining - min(1.0, max(0.05, remaining / 10)))
+    return time.monotonic() + max(0.0, remaining - min(1.0, max(0.05, remaining / 10)))

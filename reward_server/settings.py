@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from reward_server.kinds import Limits
 from rlhf.config import ServerSettings
 
 
@@ -16,7 +17,8 @@ class RewardSettings(ServerSettings):
     model_config = SettingsConfigDict(env_prefix="RLHF_REWARD_", extra="forbid")
 
     reward: str = Field(
-        description="What scores: module:function, path/file.py:function, or a built-in (vader, length, regex)"
+        description="What scores: module:function, path/file.py:function, a built-in (vader, length, regex), a kind "
+        "(model, human, remote, http, judge, composite), or a composite's file.yaml"
     )
     reward_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the reward, as a JSON or YAML mapping"
@@ -56,3 +58,13 @@ class RewardSettings(ServerSettings):
         description="Final outcomes kept, so that a repeated call gets the first answer",
         json_schema_extra={"unit": "samples"},
     )
+
+    def limits(self) -> Limits:
+        """What the reward may do at once."""
+        return Limits(
+            batch_size=self.batch_size,
+            max_queue_samples=self.max_queue_samples,
+            remember_samples=self.remember_samples,
+            threads=self.reward_threads,
+            concurrency=self.max_concurrent_calls,
+        )

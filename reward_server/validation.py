@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
+from reward_server.kinds import Scope
 from rlhf import failures
 from rlhf.failures import FieldViolation
 from rlhf.reward.v1 import reward_pb2
@@ -13,10 +15,10 @@ _MOST_VIOLATIONS = 8
 _MAX_ID_BYTES = 256
 
 
-def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int) -> None:
+def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int, scope: Scope) -> None:
     """Raises RpcFailure (INVALID_ARGUMENT, with a field path for each mistake) unless the request is well formed."""
     violations = []
-    for violation in _violations(request, max_samples):
+    for violation in _violations(request, max_samples, scope):
         violations.append(violation)
         if len(violations) == _MOST_VIOLATIONS:
             break
@@ -24,7 +26,7 @@ def check_score_request(request: reward_pb2.ScoreRequest, *, max_samples: int) -
         raise failures.invalid_arguments(violations)
 
 
-def _violations(request: reward_pb2.ScoreRequest, max_samples: int) -> Iterator[FieldViolation]:
+def _violations(request: reward_pb2.ScoreRequest, max_samples: int, scope: Scope) -> Iterator[FieldViolation]:
     yield from _id_violations("run_id", request.run_id)
     if not request.samples:
         yield FieldViolation("samples", "at least one sample is required")
@@ -41,6 +43,20 @@ def _violations(request: reward_pb2.ScoreRequest, max_samples: int) -> Iterator[
         if not sample.group_id:
             yield FieldViolation(f"{path}.group_id", "required")
         yield from _range_violations(f"{path}.sampled_ranges", sample)
+    if scope is Scope.GROUP:
+        yield from _group_violations(request)
+
+
+def _group_violations(request: reward_pb2.ScoreRequest) -> Iterator[FieldViolation]:
+    present = Counter(sample.group_id for sample in request.samples)
+    for index, sample in enumerate(request.samples):
+        size = sample.group_size or 1
+        if sample.group_id and size != present[sample.group_id]:
+            yield FieldViolation(
+                f"samples[{index}].group_size",
+                f"{size}, but {present[sample.group_id]} samples of group {sample.group_id[:64]!r} are in this call; "
+                "this reward judges whole groups",
+            )
 
 
 def _id_violations(path: str, value: str) -> Iterator[FieldViolation]:

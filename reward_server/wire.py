@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from reward_server.kinds import Sample
+from reward_server.memory import SampleKey
 from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, Scored
 from rlhf.reward.v1 import reward_pb2
 
@@ -26,7 +27,7 @@ def fingerprint(sample: reward_pb2.Sample, json_keys: Collection[str]) -> bytes:
     return digest.digest()
 
 
-def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Failed:
+def decode(run_id: str, sample: reward_pb2.Sample, json_keys: frozenset[str]) -> Sample | Failed:
     """The sample as a reward sees it, or why this server cannot judge it."""
     metadata: dict[str, Any] = {}
     for key, text in sample.metadata.items():
@@ -57,6 +58,11 @@ def decode(sample: reward_pb2.Sample, json_keys: Collection[str]) -> Sample | Fa
         metadata=metadata,
         messages=messages,
         sampled_ranges=[(item.first, item.past_last) for item in sample.sampled_ranges],
+        key=SampleKey(run_id, sample.sample_id),
+        group_id=sample.group_id,
+        fingerprint=fingerprint(sample, json_keys),
+        message=sample,
+        json_keys=json_keys,
     )
 
 
@@ -87,7 +93,7 @@ def encode(sample_id: str, outcome: Outcome) -> reward_pb2.SampleResult:
             nanoseconds = max(1, round(outcome.retry_after * 1e9))
             result.pending.retry_after.FromNanoseconds(nanoseconds)
         case Failed():
-            result.failed.code = outcome.code.value
+            result.failed.code = outcome.code
             result.failed.message = _short(outcome.message)
     return result
 

@@ -31,11 +31,12 @@ LAYERS = {
         {"__init__", "__main__", "client"},
     ),
     "reward_server": (
-        {"results", "workers", "settings"},
-        {"builtins", "memory", "metrics", "validation"},
+        {"results", "workers", "normalisation"},
+        {"builtins", "memory", "metrics"},
         {"kinds"},
-        {"scheduler", "wire"},
-        {"service"},
+        {"scheduler", "settings", "validation", "wire"},
+        {"composite", "service"},
+        {"assembly"},
         {"__init__", "__main__"},
     ),
     "trainer": (

@@ -1,7 +1,7 @@
 """The function kind: a Python function called as TRL calls its reward functions.
 
-`f(prompts, completions, completion_ids=…, messages=…, **columns) -> list[float | None]`, where `columns` are the
-prompts' other columns as lists. Everything goes by keyword, and only what the function accepts.
+`f(prompts, completions, completion_ids=…, messages=…, group_ids=…, **columns) -> list[float | None]`, where `columns`
+are the prompts' other columns as lists. Everything goes by keyword, and only what the function accepts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from reward_server.kinds import Description, Sample
+from reward_server.kinds import Description, Limits, RewardKind, Sample, Scope
+from reward_server.kinds.groups import fail_whole_groups
 from reward_server.kinds.loading import RESERVED_PARAMETERS, LoadedFunction
 from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, RetryLater, Reward, Scored
 from reward_server.workers import WorkerThreads
@@ -21,28 +22,34 @@ from rlhf.logs import get_logger
 _log = get_logger(__name__)
 
 
-class FunctionReward:
+class FunctionReward(RewardKind):
     """Calls a reward function and judges what it answers.
 
-    A plain function runs in one of `threads` worker threads; an async one on the event loop, at most `async_calls`
-    at once.
+    A plain function runs in one of `limits.threads` worker threads; an async one on the event loop, at most
+    `limits.concurrency` calls at once.
     """
 
-    def __init__(self, function: LoadedFunction, *, threads: int, async_calls: int, version: str = "") -> None:
+    kind = "function"
+
+    def __init__(self, function: LoadedFunction, limits: Limits) -> None:
         self._function = function
-        self._workers = None if function.is_async else WorkerThreads(threads, name="reward")
-        self.concurrency = async_calls if function.is_async else threads
+        self._workers = None if function.is_async else WorkerThreads(limits.threads, name="reward")
+        self.concurrency = limits.concurrency if function.is_async else limits.threads
+        self.batch_size = limits.batch_size
         self.stoppable = function.is_async
         self.description = Description(
             name=function.name,
-            version=version or function.version,
+            version=function.version,
             required_metadata=function.required_columns,
             needs_token_ids=function.takes_token_ids,
+            scope=Scope.GROUP if function.compares else Scope.SAMPLE,
         )
 
-    async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+    async def score(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
         """One outcome per sample, in order. Samples that lack something the function needs never reach it."""
         outcomes: list[Outcome | None] = [self._lacks(sample) for sample in samples]
+        if self._function.compares:
+            outcomes = fail_whole_groups([sample.group_id for sample in samples], outcomes)
         judged = [sample for sample, refused in zip(samples, outcomes, strict=True) if refused is None]
         answers = iter(await self._judge(judged) if judged else ())
         return [next(answers) if refused is None else refused for refused in outcomes]
@@ -81,6 +88,7 @@ class FunctionReward:
             "completions": [sample.completion for sample in samples],
             "completion_ids": [list(sample.completion_ids) for sample in samples],
             "messages": [list(sample.messages) for sample in samples],
+            "group_ids": [sample.group_id for sample in samples],
         }
         arguments.update({name: value for name, value in given.items() if self._function.accepts(name)})
         return arguments

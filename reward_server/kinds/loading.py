@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from reward_server.builtins import BUILTINS
+from reward_server.kinds import RewardLoadError
 from rlhf import __version__
 
 # Given to every reward function by position or by these names; a column cannot take their place.
-RESERVED_PARAMETERS = ("prompts", "completions", "completion_ids", "messages")
-
-
-class RewardLoadError(Exception):
-    """The reward that was asked for cannot be loaded; the message is for the person who asked."""
+RESERVED_PARAMETERS = ("prompts", "completions", "completion_ids", "messages", "group_ids")
 
 
 @dataclass(frozen=True)
@@ -52,15 +49,21 @@ class LoadedFunction:
         """Whether it names `completion_ids`; **kwargs alone does not ask for them."""
         return "completion_ids" in self.parameters
 
+    @property
+    def compares(self) -> bool:
+        """Whether it names `group_ids`, and so wants whole groups."""
+        return "group_ids" in self.parameters
+
     def accepts(self, name: str) -> bool:
         """Whether it may be called with the keyword argument `name`."""
         return self.takes_any or name in self.parameters
 
 
-def load_function(spec: str, options: Mapping[str, Any]) -> LoadedFunction:
+def load_function(spec: str, options: Mapping[str, Any], *, other_names: Sequence[str] = ()) -> LoadedFunction:
     """Resolve `spec` and bind `options`: a class is constructed with them once, a function gets them at every call.
 
-    Raises RewardLoadError, naming what is wrong, for anything that can be known before the first call.
+    other_names: what else a reward may be called, for the hint when `spec` is nothing. Raises RewardLoadError, naming
+    what is wrong, for anything that can be known before the first call.
     """
     if spec in BUILTINS:
         target: Any = BUILTINS[spec]
@@ -70,7 +73,7 @@ def load_function(spec: str, options: Mapping[str, Any]) -> LoadedFunction:
     else:
         module_name, _, attribute = spec.rpartition(":")
         if not module_name or not attribute:
-            raise RewardLoadError(_unknown(spec))
+            raise RewardLoadError(_unknown(spec, [*BUILTINS, *other_names]))
         module = _import_file(module_name) if module_name.endswith(".py") else _import_module(module_name)
         target = _attribute(module, attribute, spec)
         name = attribute
@@ -80,12 +83,24 @@ def load_function(spec: str, options: Mapping[str, Any]) -> LoadedFunction:
     return _described(call, name=name, spec=spec, version=f"{name}@{_digest(source, name, options, revision)}")
 
 
-def _unknown(spec: str) -> str:
-    near = difflib.get_close_matches(spec, BUILTINS, n=1)
+def refused_options(error: ValidationError, known: Sequence[str]) -> str:
+    """What is wrong with a reward's options, for the person who gave them; known: the names that exist."""
+    mistakes = []
+    for item in error.errors(include_url=False):
+        name = ".".join(map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(name, known, n=1)
+            message = f"no such option; {f'did you mean {near[0]!r}?' if near else 'it has ' + ', '.join(known)}"
+        mistakes.append(f"{name}: {message}" if name else message)
+    return "; ".join(mistakes)
+
+
+def _unknown(spec: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(spec, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return (
-        f"{spec!r} is not a reward: give module:function, path/to/file.py:function, "
-        f"or one of {', '.join(BUILTINS)}.{hint}"
+        f"{spec!r} is not a reward: give module:function, path/to/file.py:function, or one of {', '.join(names)}.{hint}"
     )
 
 
@@ -137,8 +152,7 @@ def _construct(target: type, options: Mapping[str, Any], spec: str) -> Callable[
     try:
         instance = target(**options)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise RewardLoadError(f"options of the reward {spec}: {problems}") from error
+        raise RewardLoadError(f"options of the reward {spec}: {refused_options(error, list(options))}") from error
     except Exception as error:
         raise RewardLoadError(f"the reward {spec} cannot be made: {error}") from error
     if not callable(instance):

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from reward_server.kinds import Limits
 from reward_server.kinds.function import FunctionReward
 from reward_server.kinds.loading import load_function
-from reward_server.memory import OutcomeMemory
 from reward_server.scheduler import Scheduler
 from reward_server.service import SERVICE_NAME, RewardService
 from rlhf.channel import open_channel
@@ -69,16 +69,20 @@ async def serve() -> AsyncIterator[Serve]:
             max_message_bytes: int = 4 << 20,
         ) -> Any:
             spec = reward if reward in ("vader", "length", "regex") else f"{EXAMPLES}:{reward}"
-            kind = FunctionReward(load_function(spec, options or {}), threads=threads, async_calls=max_concurrent_calls)
-            memory = OutcomeMemory(remember_samples)
-            scheduler = Scheduler(kind, batch_size=batch_size, max_queue_samples=max_queue_samples, memory=memory)
+            limits = Limits(
+                batch_size=batch_size,
+                max_queue_samples=max_queue_samples,
+                remember_samples=remember_samples,
+                threads=threads,
+                concurrency=max_concurrent_calls,
+            )
+            kind = FunctionReward(load_function(spec, options or {}), limits)
             service = RewardService(
-                kind.description,
-                scheduler,
                 max_samples=max_samples,
                 max_request_bytes=max_message_bytes,
                 max_concurrent_calls=max_concurrent_calls,
             )
+            service.open(kind.description, Scheduler(kind, limits))
             server = Server(
                 "reward_server",
                 listen="127.0.0.1:0",

@@ -79,6 +79,15 @@ async def asynchronous_forever(completions):
         raise
 
 
+def ranks(completions, group_ids, *, weight=0.0):
+    """Of each completion, how many of its group are shorter."""
+    calls.append({"completions": completions, "group_ids": group_ids})
+    return [
+        float(sum(len(other) < len(own) for other, g in zip(completions, group_ids, strict=True) if g == group))
+        for own, group in zip(completions, group_ids, strict=True)
+    ]
+
+
 class Scaled:
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale

@@ -35,7 +35,7 @@ def test_it_serves_scores_metrics_and_stops_cleanly(tmp_path: Path) -> None:
         assert [result.scored.reward for result in results] == [1.0, 0.0]
         with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
             text = page.read().decode()
-        assert 'rlhf_reward_outcomes_total{code="",outcome="scored"} 2.0' in text
+        assert 'rlhf_reward_outcomes_total{code="",component="",kind="function",outcome="scored"} 2.0' in text
         assert "grpc_server_handled_total" in text
         (line,) = [line for line in server.log_text().splitlines() if "serving" in line]
         assert server.address in line
@@ -90,6 +90,8 @@ def test_a_function_that_hangs_does_not_keep_a_stopped_server_alive(tmp_path: Pa
         (["--reward", "vadar"], "Did you mean 'vader'"),
         (["--reward", "regex"], "pattern"),
         (["--reward", "regex", "--reward-options", "[1]"], "dictionary"),
+        (["--reward", "no-such.yaml"], "no-such.yaml: No such file"),
+        (["--reward", "compsite"], "Did you mean 'composite'"),
         ([], "reward"),
     ],
 )
@@ -123,3 +125,16 @@ def test_print_config_shows_the_options_as_a_mapping() -> None:
     result = run("--reward", "length", "--reward-options", "target: 20", "--print-config")
     assert result.returncode == 0
     assert "target: 20" in result.stdout
+
+
+def test_what_is_found_wrong_when_the_reward_starts_ends_the_process_with_the_reason(tmp_path: Path) -> None:
+    state = tmp_path / "moments.json"
+    state.write_text("[]")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        f"state_file: {state}\ncomponents: [{{name: a, reward: length, options: {{target: 3}}, normalise: running}}]\n"
+    )
+    result = run("--reward", str(mix), "--listen", "127.0.0.1:0")
+    assert result.returncode == 78
+    assert "does not hold running moments" in result.stderr
+    assert "Traceback" not in result.stderr

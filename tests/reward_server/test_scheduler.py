@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 import pytest
 
-from reward_server.kinds import Description, Sample
-from reward_server.memory import OutcomeMemory, SampleKey
+from reward_server.kinds import Description, Limits, RewardKind, Sample, Scope
+from reward_server.memory import SampleKey
 from reward_server.results import Outcome, Pending, Scored
-from reward_server.scheduler import Entry, Scheduler
+from reward_server.scheduler import Scheduler
 from rlhf.failures import RpcFailure
 from tests.reward_server.conftest import until
 
 
-class GatedReward:
+class GatedReward(RewardKind):
     """Judges when the gate is opened, and remembers what it was asked."""
 
-    description = Description("gated", "1")
+    kind = "gated"
 
-    def __init__(self, *, concurrency: int = 1, stoppable: bool = False) -> None:
+    def __init__(
+        self, *, concurrency: int = 1, stoppable: bool = False, batch_size: int = 8, scope: Scope = Scope.SAMPLE
+    ) -> None:
+        self.description = Description("gated", "1", scope=scope)
+        self.batch_size = batch_size
         self.concurrency = concurrency
         self.stoppable = stoppable
         self.gate = asyncio.Event()
         self.judged: list[str] = []
         self.stopped = 0
 
-    async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+    async def score(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
         self.judged.extend(sample.completion for sample in samples)
         try:
             await self.gate.wait()
@@ -37,13 +42,16 @@ class GatedReward:
         return [Scored(1.0) for _ in samples]
 
 
-def entry(name: str) -> Entry:
-    return Entry(SampleKey("run", name), name.encode(), Sample(prompt="", completion=name))
+def entry(name: str, group: str = "") -> Sample:
+    return Sample(prompt="", completion=name, key=SampleKey("run", name), group_id=group, fingerprint=name.encode())
 
 
-def scheduler(reward: GatedReward, *, max_queue_samples: int = 2, batch_size: int = 8) -> Scheduler:
-    memory = OutcomeMemory(100)
-    return Scheduler(reward, batch_size=batch_size, max_queue_samples=max_queue_samples, memory=memory)
+def scheduler(reward: GatedReward, *, max_queue_samples: int = 2, remember_samples: int = 100) -> Scheduler:
+    return Scheduler(reward, Limits(max_queue_samples=max_queue_samples, remember_samples=remember_samples))
+
+
+def soon() -> float:
+    return time.monotonic() + 0.01
 
 
 async def begin(scheduler: Scheduler, *names: str) -> asyncio.Task[list[Outcome]]:
@@ -95,8 +103,8 @@ async def test_work_that_can_be_stopped_is_stopped_and_begins_anew_when_asked_fo
 
 
 async def test_no_more_batches_run_than_the_reward_can_use() -> None:
-    reward = GatedReward(concurrency=2)
-    queue = scheduler(reward, batch_size=1, max_queue_samples=10)
+    reward = GatedReward(concurrency=2, batch_size=1)
+    queue = scheduler(reward, max_queue_samples=10)
     task = await begin(queue, "a", "b", "c")
     assert reward.judged == ["a", "b"]
     reward.gate.set()
@@ -117,7 +125,7 @@ async def test_the_time_to_come_back_grows_with_the_queue_and_is_bounded() -> No
 
 async def test_a_reward_that_breaks_fails_the_call_and_not_the_next() -> None:
     class Broken(GatedReward):
-        async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+        async def score(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
             raise ZeroDivisionError
 
     queue = scheduler(Broken())
@@ -132,7 +140,7 @@ async def test_what_is_judged_in_time_is_answered_beside_what_is_pending() -> No
     reward.gate.set()
     await queue.score([entry("a")])
     reward.gate.clear()
-    quick, slow = await queue.score([entry("a"), entry("b")], 0.01)
+    quick, slow = await queue.score([entry("a"), entry("b")], soon())
     assert quick == Scored(1.0)
     assert isinstance(slow, Pending)
     assert 0 < slow.retry_after <= 30
@@ -140,9 +148,9 @@ async def test_what_is_judged_in_time_is_answered_beside_what_is_pending() -> No
 
 @pytest.mark.parametrize("stoppable", [True, False])
 async def test_work_that_was_answered_pending_goes_on(stoppable: bool) -> None:
-    reward = GatedReward(stoppable=stoppable)
-    queue = scheduler(reward, max_queue_samples=10, batch_size=1)
-    await queue.score([entry("a"), entry("b")], 0.01)
+    reward = GatedReward(stoppable=stoppable, batch_size=1)
+    queue = scheduler(reward, max_queue_samples=10)
+    await queue.score([entry("a"), entry("b")], soon())
     reward.gate.set()
     assert await queue.score([entry("a"), entry("b")]) == [Scored(1.0), Scored(1.0)]
     assert reward.judged == ["a", "b"]
@@ -154,7 +162,7 @@ async def test_work_that_was_answered_pending_is_given_up_when_nobody_comes_back
     monkeypatch.setattr("reward_server.scheduler._PATIENCE_SECONDS", 0.0)
     reward = GatedReward(stoppable=True)
     queue = scheduler(reward)
-    await queue.score([entry("a")], 0.01)
+    await queue.score([entry("a")], soon())
     await until(lambda: reward.stopped)
 
 
@@ -162,15 +170,43 @@ async def test_a_batch_that_fails_while_no_call_waits_is_logged_and_begun_anew(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class BreaksOnce(GatedReward):
-        async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+        async def score(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
             if not self.judged:
-                await super().score(samples)
+                await super().score(samples, answer_by)
                 raise ZeroDivisionError
-            return await super().score(samples)
+            return await super().score(samples, answer_by)
 
     reward = BreaksOnce()
     queue = scheduler(reward)
-    await queue.score([entry("a")], 0.01)
+    await queue.score([entry("a")], soon())
     reward.gate.set()
     await until(lambda: "no call waited" in caplog.text)
     assert await queue.score([entry("a")]) == [Scored(1.0)]
+
+
+async def test_a_batch_holds_whole_groups() -> None:
+    reward = GatedReward(batch_size=3, scope=Scope.GROUP)
+    batches: list[list[str]] = []
+
+    async def score(samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
+        batches.append([sample.completion for sample in samples])
+        return [Scored(1.0) for _ in samples]
+
+    reward.score = score  # type: ignore[method-assign]
+    queue = scheduler(reward, max_queue_samples=20)
+    named = [("a1", "a"), ("b1", "b"), ("a2", "a"), ("b2", "b"), ("c1", "c"), *((f"d{n}", "d") for n in range(4))]
+    await queue.score([entry(name, group) for name, group in named])
+    assert batches == [["a1", "a2"], ["b1", "b2", "c1"], ["d0", "d1", "d2", "d3"]]
+
+
+async def test_a_group_of_which_a_part_was_forgotten_is_judged_anew_and_whole() -> None:
+    reward = GatedReward(scope=Scope.GROUP)
+    reward.gate.set()
+    queue = scheduler(reward, max_queue_samples=10, remember_samples=2)
+    group = [entry("a1", "a"), entry("a2", "a")]
+    await queue.score(group)
+    await queue.score(group)
+    assert reward.judged == ["a1", "a2"]
+    await queue.score([entry("b1", "b")])
+    await queue.score(group)
+    assert reward.judged == ["a1", "a2", "b1", "a1", "a2"]

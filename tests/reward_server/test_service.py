@@ -414,3 +414,48 @@ async def test_vader_prefers_praise(serve: Serve) -> None:
     ).results
     assert good.scored.reward > 0.8
     assert bad.scored.reward < -0.6
+
+
+async def test_a_function_that_names_group_ids_gets_whole_groups(serve: Serve) -> None:
+    stub = await serve("ranks", batch_size=2)
+    info = await stub.GetRewardInfo(reward_pb2.GetRewardInfoRequest())
+    assert info.scope == reward_pb2.SCOPE_GROUP
+    group = [sample(f"a{n}", "x" * n, group_id="a", group_size=3) for n in range(3)]
+    alone = sample("b", "xx", group_id="b")
+    response = await stub.Score(request(group[2], alone, group[0], group[1]))
+    rewards = {result.sample_id: result.scored.reward for result in response.results}
+    assert rewards == {"a0": 0.0, "a1": 1.0, "a2": 2.0, "b": 0.0}
+    assert sorted(len(call["completions"]) for call in example_rewards.calls) == [1, 3]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("samples", "path"),
+    [
+        ([sample("a", group_size=2)], "samples[0].group_size"),
+        ([sample("a"), sample("b", group_size=2)], "samples[0].group_size"),
+        ([sample("a", group_size=2), sample("b", group_size=3)], "samples[1].group_size"),
+    ],
+)
+async def test_a_part_of_a_group_is_refused_by_a_reward_that_compares(
+    serve: Serve, samples: list[reward_pb2.Sample], path: str
+) -> None:
+    stub = await serve("ranks")
+    refused = await failure(stub.Score(request(*samples)))
+    assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert path in [violation.field for violation in refused.violations]
+
+
+async def test_a_sample_that_fails_takes_its_group_with_it_and_no_other(serve: Serve) -> None:
+    stub = await serve("ranks")
+    response = await stub.Score(
+        request(
+            sample("a", group_id="a", group_size=2, metadata={"k": "{"}),
+            sample("b", group_id="a", group_size=2),
+            sample("c", group_id="c"),
+            json_metadata_keys=["k"],
+        )
+    )
+    assert outcomes(response) == {"a": "failed", "b": "failed", "c": "scored"}
+    by_id = {result.sample_id: result for result in response.results}
+    assert by_id["b"].failed.code == "INVALID_METADATA"
+    assert "another sample of the group" in by_id["b"].failed.message

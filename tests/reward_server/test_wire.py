@@ -23,7 +23,7 @@ JSON = st.recursive(
 @given(columns=st.dictionaries(KEYS, JSON, max_size=4), strings=st.dictionaries(KEYS, TEXT, max_size=4))
 def test_metadata_means_what_the_client_said(columns: dict[str, Any], strings: dict[str, str]) -> None:
     metadata = {**strings, **{key: json.dumps(value) for key, value in columns.items()}}
-    decoded = decode(reward_pb2.Sample(sample_id="a", metadata=metadata), frozenset(columns))
+    decoded = decode("run", reward_pb2.Sample(sample_id="a", metadata=metadata), frozenset(columns))
     assert isinstance(decoded, Sample)
     expected = {**strings, **columns}
     assert decoded.metadata == {key: value for key, value in expected.items() if value is not None}
@@ -31,7 +31,7 @@ def test_metadata_means_what_the_client_said(columns: dict[str, Any], strings: d
 
 @given(metadata=st.dictionaries(TEXT, TEXT, max_size=4), keys=st.frozensets(TEXT, max_size=4))
 def test_any_metadata_decodes_or_fails_by_code(metadata: dict[str, str], keys: frozenset[str]) -> None:
-    decoded = decode(reward_pb2.Sample(sample_id="a", metadata=metadata), keys | frozenset(metadata))
+    decoded = decode("run", reward_pb2.Sample(sample_id="a", metadata=metadata), keys | frozenset(metadata))
     assert isinstance(decoded, Sample) or decoded.code is FailureCode.INVALID_METADATA
 
 
