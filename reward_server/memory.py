@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from reward_server.results import Outcome, Pending
 
 
-@dataclass(frozen=True)
-class SampleKey:
+class SampleKey(NamedTuple):
     """A sample's name: ids are unique within a run only."""
 
     run_id: str

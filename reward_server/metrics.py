@@ -5,6 +5,8 @@ kind: what judges ("function", "model", …). component: its name within a compo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from reward_server.results import Failed, Outcome, Scored
@@ -40,7 +42,7 @@ REMEMBERED_SAMPLES = Gauge("rlhf_reward_remembered_samples", "Final outcomes in 
 
 
 class RewardMetrics:
-    """The metrics of one reward, labelled once: looking labels up costs microseconds, each sample has its share."""
+    """The metrics of one reward, their labels looked up once: that costs microseconds."""
 
     def __init__(self, kind: str, component: str) -> None:
         self._labels = (kind, component)
@@ -53,11 +55,34 @@ class RewardMetrics:
         self._reward = REWARD.labels(*self._labels)
         self._scored = OUTCOMES.labels(*self._labels, "scored", "")
 
-    def observe(self, outcome: Outcome) -> None:
-        """Count one sample's outcome."""
-        if isinstance(outcome, Scored):
-            self._scored.inc()
-            self._reward.observe(outcome.reward)
-            return
-        code = outcome.code if isinstance(outcome, Failed) else ""
-        OUTCOMES.labels(*self._labels, type(outcome).__name__.lower(), code).inc()
+    def observe(self, outcomes: Sequence[Outcome]) -> None:
+        """Count a batch's outcomes."""
+        scored = [outcome.reward for outcome in outcomes if isinstance(outcome, Scored)]
+        self._scored.inc(len(scored))
+        for reward in scored:
+            self._reward.observe(reward)
+        for outcome in outcomes:
+            if not isinstance(outcome, Scored):
+                code = outcome.code if isinstance(outcome, Failed) else ""
+                OUTCOMES.labels(*self._labels, type(outcome).__name__.lower(), code).inc()
+
+
+CIRCUIT_STATE = Gauge(
+    "rlhf_reward_circuit_state",
+    "Whether the server that a reward asks is called: 0 = yes, 1 = one call probes it, 2 = no, it kept failing.",
+    ("kind", "target"),
+)
+JUDGE_TOKENS = Counter(
+    "rlhf_reward_judge_tokens_total", "Tokens that the judge read (direction in) and wrote (out).", ("direction",)
+)
+HUMAN_TICKETS = Gauge(
+    "rlhf_reward_human_tickets", "Open tickets of the human kind, by whether somebody has one just now.", ("state",)
+)
+HUMAN_OLDEST_SECONDS = Gauge(
+    "rlhf_reward_human_oldest_ticket_seconds", "Age of the oldest open ticket of the human kind; 0 = there is none."
+)
+HUMAN_RATINGS = Counter("rlhf_reward_human_ratings_total", "Ratings that were stored, those undone later included.")
+HUMAN_SKIPS = Counter("rlhf_reward_human_skips_total", "Skips that were stored, those undone later included.")
+HUMAN_LEASES_EXPIRED = Counter(
+    "rlhf_reward_human_leases_expired_total", "Leases that ran out and whose ticket went to somebody else."
+)

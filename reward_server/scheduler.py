@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from reward_server import metrics
@@ -30,11 +30,12 @@ SAMPLE_ID_CLASH = Failed(
 )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Job:
     sample: Sample
-    outcome: asyncio.Future[Outcome]
-    batch: _Batch | None = None
+    batch: _Batch
+    outcome: Outcome | None = None
+    """Set when the batch has finished, unless it failed."""
     waiting_calls: int = 0
     expected_calls: int = 0
     """Calls that were answered PENDING and will be made again."""
@@ -45,8 +46,9 @@ class _Job:
 
 @dataclass(eq=False)
 class _Batch:
-    jobs: list[_Job]
     answer_by: float | None
+    finished: asyncio.Future[None]
+    jobs: list[_Job] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     started: bool = False
 
@@ -70,7 +72,7 @@ class Scheduler:
         self._metrics = metrics.RewardMetrics(reward.kind, component)
         self._slots = asyncio.Semaphore(reward.concurrency)
         self._jobs: dict[SampleKey, _Job] = {}
-        self._batches: set[_Batch] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._seconds_per_sample = 0.01
 
     async def score(self, samples: Sequence[Sample], answer_by: float | None = None) -> list[Outcome]:
@@ -81,24 +83,21 @@ class Scheduler:
         """
         if self._by_group:
             self._forget_what_is_left_of_groups(samples)
-        answers: list[Outcome | _Job] = []
-        fresh: list[_Job] = []
-        for sample in samples:
-            answer = self._known(sample)
-            if answer is None:
-                answer = _Job(sample, asyncio.get_running_loop().create_future())
-                fresh.append(answer)
-            answers.append(answer)
-        self._admit(fresh, answer_by)
+        known = [self._known(sample) for sample in samples]
+        fresh = iter(
+            self._admit([sample for sample, answer in zip(samples, known, strict=True) if answer is None], answer_by)
+        )
+        answers = [next(fresh) if answer is None else answer for answer in known]
         jobs = [answer for answer in answers if isinstance(answer, _Job)]
+        self._metrics.repeated.inc(sum(answer is not None for answer in known))
         for job in jobs:
             job.waiting_calls += 1
         try:
             # asyncio.wait does not cancel the futures when this call is cancelled: others may wait for them too.
             if jobs:
                 seconds = None if answer_by is None else max(0.0, answer_by - time.monotonic())
-                await asyncio.wait([job.outcome for job in jobs], timeout=seconds)
-            late = [job for job in jobs if not job.outcome.done()]
+                await asyncio.wait({job.batch.finished for job in jobs}, timeout=seconds)
+            late = [job for job in jobs if not job.batch.finished.done()]
             come_back = Pending(self._seconds_to_come_back())
             if late:
                 self._expect_again(late, come_back.retry_after + _PATIENCE_SECONDS)
@@ -122,12 +121,10 @@ class Scheduler:
     def _known(self, sample: Sample) -> Outcome | _Job | None:
         remembered = self._memory.recall(sample.key)
         if remembered is not None:
-            self._metrics.repeated.inc()
             fingerprint, outcome = remembered
             return outcome if fingerprint == sample.fingerprint else SAMPLE_ID_CLASH
         job = self._jobs.get(sample.key)
         if job is not None:
-            self._metrics.repeated.inc()
             return job if job.sample.fingerprint == sample.fingerprint else SAMPLE_ID_CLASH
         return None
 
@@ -142,30 +139,35 @@ class Scheduler:
             if sample.group_id in unknown:
                 self._memory.forget(sample.key)
 
-    def _admit(self, fresh: Sequence[_Job], answer_by: float | None) -> None:
+    def _admit(self, fresh: Sequence[Sample], answer_by: float | None) -> list[_Job]:
+        """A job for each sample, in order, in batches that run as soon as they can."""
         if self._jobs and len(self._jobs) + len(fresh) > self._max_queue_samples:
             raise failures.overloaded(
                 f"{len(self._jobs)} samples wait already; the queue holds {self._max_queue_samples}",
                 retry_after=self._seconds_to_come_back(),
             )
-        for job in fresh:
-            self._jobs[job.sample.key] = job
-        self._metrics.queue_samples.set(len(self._jobs))
-        for jobs in self._cut(fresh):
-            batch = _Batch(jobs, answer_by)
-            for job in batch.jobs:
-                job.batch = batch
+        jobs: dict[SampleKey, _Job] = {}
+        for samples in self._cut(fresh):
+            batch = _Batch(answer_by, asyncio.get_running_loop().create_future())
+            batch.jobs = [_Job(sample, batch) for sample in samples]
+            jobs.update((job.sample.key, job) for job in batch.jobs)
             batch.task = asyncio.create_task(self._run(batch))
-            self._batches.add(batch)
+            self._running.add(batch.task)
+            batch.task.add_done_callback(self._running.discard)
+        self._jobs.update(jobs)
+        self._metrics.queue_samples.set(len(self._jobs))
+        return [jobs[sample.key] for sample in fresh]
 
-    def _cut(self, fresh: Sequence[_Job]) -> Iterator[list[_Job]]:
+    def _cut(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
         """Batches of at most the reward's size; only a group that is larger than that makes a larger one."""
-        jobs = sorted(fresh, key=lambda job: job.sample.group_id) if self._by_group else fresh
-        units = groupby(jobs, key=lambda job: job.sample.group_id if self._by_group else job)
-        batch: list[_Job] = []
-        for _, unit in units:
-            together = list(unit)
-            if batch and len(batch) + len(together) > self._reward.batch_size:
+        size = self._reward.batch_size
+        if not self._by_group:
+            yield from (samples[first : first + size] for first in range(0, len(samples), size))
+            return
+        batch: list[Sample] = []
+        for _, group in groupby(sorted(samples, key=_group_id), key=_group_id):
+            together = list(group)
+            if batch and len(batch) + len(together) > size:
                 yield batch
                 batch = []
             batch += together
@@ -178,23 +180,22 @@ class Scheduler:
 
     def _give_up_unless_wanted(self, job: _Job) -> None:
         """When nobody waits any more, what has not begun is forgotten, and what can be stopped is stopped."""
-        if job.wanted() or job.outcome.done():
-            return
         batch = job.batch
-        assert batch is not None
+        if job.wanted() or batch.finished.done():
+            return
         assert batch.task is not None
         if not batch.started:
-            self._forget(job)
+            self._forget([job])
         if batch.abandoned() and (not batch.started or self._reward.stoppable):
             # Before the task ends, or a call that comes meanwhile would wait for a job that never finishes.
-            for other in batch.jobs:
-                self._forget(other)
+            self._forget(batch.jobs)
             batch.task.cancel()
 
-    def _forget(self, job: _Job) -> None:
-        # A newer job may stand under the same key by now.
-        if self._jobs.get(job.sample.key) is job:
-            del self._jobs[job.sample.key]
+    def _forget(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            # A newer job may stand under the same key by now.
+            if self._jobs.get(job.sample.key) is job:
+                del self._jobs[job.sample.key]
         self._metrics.queue_samples.set(len(self._jobs))
 
     async def _run(self, batch: _Batch) -> None:
@@ -205,9 +206,10 @@ class Scheduler:
                 batch.started = True
                 outcomes = await self._judge([job.sample for job in batch.jobs], batch.answer_by)
             for job, outcome in zip(batch.jobs, outcomes, strict=True):
-                self._metrics.observe(outcome)
                 self._memory.remember(job.sample.key, job.sample.fingerprint, outcome)
-                job.outcome.set_result(outcome)
+                job.outcome = outcome
+            batch.finished.set_result(None)
+            self._metrics.observe(outcomes)
             self._metrics.remembered_samples.set(len(self._memory))
         except asyncio.CancelledError:
             # We cancel only what nobody waits for; the rest is the process ending, or the reward itself.
@@ -215,16 +217,13 @@ class Scheduler:
         except Exception as error:
             self._fail(batch, error)
         finally:
-            for job in batch.jobs:
-                self._forget(job)
-            self._batches.discard(batch)
+            self._forget(batch.jobs)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
         wanted = [job for job in batch.jobs if job.wanted()]
-        for job in wanted:
-            job.outcome.set_exception(error)
-            # Asked for here, or asyncio complains of it when only calls that will come back want it.
-            job.outcome.exception()
+        batch.finished.set_exception(error)
+        # Asked for here, or asyncio complains of it when only calls that will come back want it.
+        batch.finished.exception()
         if wanted and not any(job.waiting_calls for job in wanted):
             _log.error("a batch failed while no call waited for it", samples=len(wanted), exc_info=error)
 
@@ -241,4 +240,13 @@ class Scheduler:
 
 
 def _answered(job: _Job, come_back: Pending) -> Outcome:
-    return job.outcome.result() if job.outcome.done() else come_back
+    """What the job came to, or when to come back; raises what its batch failed with."""
+    if not job.batch.finished.done():
+        return come_back
+    job.batch.finished.result()
+    assert job.outcome is not None
+    return job.outcome
+
+
+def _group_id(sample: Sample) -> str:
+    return sample.group_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from reward_server.kinds import Sample
@@ -16,14 +16,16 @@ _MAX_TEXT_BYTES = 1024
 _RESERVED_PREFIX = "rlhf."
 
 
-def fingerprint(sample: reward_pb2.Sample, json_keys: Collection[str]) -> bytes:
+def fingerprint(sample: reward_pb2.Sample, json_keys: frozenset[str]) -> bytes:
     """A digest of all that a score may depend on: the sample without its group, and which of its metadata is JSON."""
-    content = reward_pb2.Sample()
-    content.CopyFrom(sample)
-    content.ClearField("group_id")
-    content.ClearField("group_size")
-    digest = hashlib.sha256(content.SerializeToString(deterministic=True))
-    digest.update(json.dumps(sorted(key for key in sample.metadata if key in json_keys)).encode())
+    # Taken out and put back: a copy without them would cost more than all the rest.
+    group_id, group_size = sample.group_id, sample.group_size
+    sample.ClearField("group_id")
+    sample.ClearField("group_size")
+    digest = hashlib.sha256(sample.SerializeToString(deterministic=True))
+    sample.group_id, sample.group_size = group_id, group_size
+    if own_json_keys := json_keys.intersection(sample.metadata):
+        digest.update(json.dumps(sorted(own_json_keys)).encode())
     return digest.digest()
 
 
@@ -80,12 +82,13 @@ def _refuse_constant(name: str) -> Any:
 
 def encode(sample_id: str, outcome: Outcome) -> reward_pb2.SampleResult:
     """The outcome as the contract sends it."""
+    if isinstance(outcome, Scored):
+        scored = reward_pb2.Scored(
+            reward=outcome.reward, components=outcome.components, token_rewards=outcome.token_rewards
+        )
+        return reward_pb2.SampleResult(sample_id=sample_id, scored=scored)
     result = reward_pb2.SampleResult(sample_id=sample_id)
     match outcome:
-        case Scored():
-            result.scored.reward = outcome.reward
-            result.scored.components.update(outcome.components)
-            result.scored.token_rewards.extend(outcome.token_rewards)
         case Abstained():
             result.abstained.reason = _short(outcome.reason)
         case Pending():

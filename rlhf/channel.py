@@ -125,12 +125,14 @@ async def call_with_retry(
     what: str,
     target: str = "",
     on_wait: OnWait | None = None,
+    until: float | None = None,
 ) -> T:
     """The result of `call`, made again while it fails with a code that may pass; `call` sets its own deadline.
 
     `what` and `target` say on whom this waits: told to `on_wait` before each pause, else logged every few seconds.
-    Raises RpcFailure for what is final, and after the last of `policy.attempts`. Cancelling the task that awaits this
-    ends it; a CANCELLED that the server answers (Java does when it drains) is tried again.
+    Raises RpcFailure for what is final, after the last of `policy.attempts`, and when the next attempt would begin
+    after `until` (a time.monotonic()). Cancelling the task that awaits this ends it; a CANCELLED that the server
+    answers (Java does when it drains) is tried again.
     """
     wait = _Wait(what, target, on_wait)
     delay = policy.initial
@@ -147,6 +149,8 @@ async def call_with_retry(
             pause = delay * (1 + _random.uniform(-policy.jitter, policy.jitter))
             if failure.retry_after is not None:
                 pause = max(pause, failure.retry_after * (1 + _random.uniform(0, policy.jitter)))
+            if until is not None and time.monotonic() + pause >= until:
+                raise failure from error
             wait.report(str(failure))
         await asyncio.sleep(pause)
         delay = min(policy.maximum, delay * policy.multiplier)

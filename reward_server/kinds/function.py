@@ -125,6 +125,8 @@ def _judgement(item: Any, sample: Sample) -> Outcome:
 
 def _number(value: Any, what: str) -> float:
     """`value` as a finite float. Raises TypeError for what is no number, ValueError for NaN and infinities."""
+    if type(value) is float and math.isfinite(value):
+        return value
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):

@@ -117,6 +117,19 @@ async def test_a_server_says_how_long_to_stay_away(serve: Serve) -> None:
     assert asyncio.get_running_loop().time() - began >= 0.4
 
 
+async def test_no_attempt_is_waited_for_that_would_begin_too_late(serve: Serve) -> None:
+    async with serve({"full": lambda: failures.overloaded("full", 30.0)}) as served:
+        until = asyncio.get_running_loop().time() + 10
+        with pytest.raises(RpcFailure, match="full") as caught:
+            await call_with_retry(
+                lambda: served.stub.unary_unary({"raise": "full"}), policy=FAST, what="server", until=until
+            )
+
+        assert caught.value.retry_after == 30.0
+        assert asyncio.get_running_loop().time() < until
+        assert len(served.servicer.requests) == 1
+
+
 async def test_cancelling_the_caller_ends_the_call_and_the_retries(serve: Serve) -> None:
     async with serve() as served:
         task = asyncio.create_task(

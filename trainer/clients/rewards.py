@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,13 +19,13 @@ from rlhf.channel import ANY_SERVERS, RetryPolicy, Waiting, call_metadata, call_
 from rlhf.failures import from_rpc_error
 from rlhf.logs import bound_context, get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.reward_answers import DEFAULT_REQUEST_BYTES, MalformedAnswerError, results_by_id
 from trainer.clients.policy import BrokenServerError, FinishReason
-from trainer.clients.reward_wire import FINISH_REASONS, problem, turn
+from trainer.clients.reward_wire import FINISH_REASONS, turn
 from trainer.clients.waits import CallWatch, watched
 
 _log = get_logger(__name__)
 
-_DEFAULT_REQUEST_BYTES = 4 * 2**20
 _DEFAULT_SAMPLES_PER_CALL = 64
 _DEFAULT_CALLS = 4
 _SAMPLE_OVERHEAD_BYTES = 8
@@ -212,7 +212,7 @@ class RewardClient:
             name=answer.name,
             version=answer.version,
             max_samples=answer.max_samples or _DEFAULT_SAMPLES_PER_CALL,
-            max_request_bytes=answer.max_request_bytes or _DEFAULT_REQUEST_BYTES,
+            max_request_bytes=answer.max_request_bytes or DEFAULT_REQUEST_BYTES,
             max_concurrent_calls=answer.max_concurrent_calls or _DEFAULT_CALLS,
             required_metadata=tuple(answer.required_metadata),
             needs_token_ids=answer.needs_token_ids,
@@ -343,23 +343,10 @@ class RewardClient:
 
     def _checked(self, batch: list[_Job], answer: reward_pb2.ScoreResponse) -> dict[str, reward_pb2.SampleResult]:
         """The results by id, or BrokenServerError naming the server and the first sample that is wrong."""
-        jobs = {job.sample.sample_id: job for job in batch}
-        times = Counter(result.sample_id for result in answer.results)
-        for sample_id, count in times.items():
-            if sample_id not in jobs:
-                raise self._broken(sample_id, "was not asked for")
-            if count > 1:
-                raise self._broken(sample_id, f"is answered {count} times")
-        for sample_id in jobs:
-            if sample_id not in times:
-                raise self._broken(sample_id, "is not answered")
-        for result in answer.results:
-            if wrong := problem(result, tokens=len(jobs[result.sample_id].sample.completion_ids)):
-                raise self._broken(result.sample_id, wrong)
-        return {result.sample_id: result for result in answer.results}
-
-    def _broken(self, sample_id: str, what: str) -> BrokenServerError:
-        return BrokenServerError(f"reward server {self.target}: sample {sample_id!r} {what}")
+        try:
+            return results_by_id(answer, {job.sample.sample_id: len(job.sample.completion_ids) for job in batch})
+        except MalformedAnswerError as error:
+            raise BrokenServerError(f"reward server {self.target}: {error}") from error
 
     def _request_overhead(self, sample: RewardSample) -> int:
         keys = sum(len(key.encode()) + _SAMPLE_OVERHEAD_BYTES for key in sample.json_keys)
