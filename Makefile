@@ -9,7 +9,11 @@ READY  := $(VENV)/.ready
 # How many test processes; each runs its models on one thread.
 JOBS   ?= 2
 
-.PHONY: help setup demo test test-all check protos bench constraints clean
+# Which example servers, and where cargo builds: gigabytes that do not belong into the tree.
+EXAMPLES ?= go rust typescript java cpp python
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/rlhf-services/cargo
+
+.PHONY: help setup demo test test-all examples check protos bench constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,15 +31,30 @@ demo: $(READY) ## Run PPO over the three processes on film reviews and show the 
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(REWARD),--reward $(REWARD))
 
 test: $(READY) ## Run the tests that fit in a few minutes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not trl"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not examples and not trl"
 
-test-all: $(READY) .venv-trl/.ready ## Run every test: the slow ones, and those against TRL 0.11.4 in its own environment
-	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest -n $(JOBS)
+test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against TRL 0.11.4 in its own environment
+	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest -n $(JOBS) -m "not examples"
 
 .venv-trl/.ready: tests/trainer/parity/requirements-trl.txt | $(READY)
 	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
 	$(BIN)/uv pip install --quiet --python .venv-trl/bin/python -r $<
 	@touch $@
+
+examples: $(READY) $(EXAMPLES:%=example-%) ## Build the example reward servers, run their tests and the conformance kit (EXAMPLES="go rust …")
+	$(BIN)/python -m pytest -n $(JOBS) -m examples -k "$(foreach language,$(EXAMPLES),[$(language)] or) none"
+
+# Each by the tools of its language; buf comes from the virtual environment.
+example-%: export PATH := $(CURDIR)/$(BIN):$(PATH)
+example-%: $(READY)
+	cd reward_server/examples/$* && $(BUILD_AND_TEST_$*)
+
+BUILD_AND_TEST_go         = buf generate && go build -o bin/reward . && go vet . && go test .
+BUILD_AND_TEST_rust       = cargo build --release && cargo test --release
+BUILD_AND_TEST_typescript = npm ci --no-audit --no-fund && npm run build && npm test
+BUILD_AND_TEST_java       = mvn -B -ntp -q package
+BUILD_AND_TEST_cpp        = cmake -S . -B build && cmake --build build -j$(JOBS) && ctest --test-dir build --output-on-failure
+BUILD_AND_TEST_python     = python -m pytest -q -p no:asyncio && mypy && ruff check .
 
 check: $(READY) ## Lint, format, types, contract lint, and drift of the committed stubs
 	$(BIN)/ruff check .
