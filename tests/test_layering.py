@@ -34,10 +34,10 @@ LAYERS = {
         {"results", "workers", "normalisation"},
         {"builtins", "memory", "metrics"},
         {"kinds"},
-        {"scheduler", "settings", "validation", "wire"},
+        {"human", "scheduler", "settings", "validation", "wire"},
         {"composite", "service"},
         {"assembly"},
-        {"__init__", "__main__"},
+        {"__init__", "__main__", "conformance", "train_model"},
     ),
     "trainer": (
         {"ppo", "versions", "tokenizers", "metrics"},

@@ -1,0 +1,111 @@
+"""A real browser, and the rating page served to it on a real socket."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
+
+from reward_server.human.page_server import PageServer
+from reward_server.human.rules import Rules
+from tests.reward_server.human.site import Site
+
+_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+OpenPage = Callable[..., Awaitable["Guest"]]
+
+
+class ServedSite(Site):
+    """A site at a URL."""
+
+    url = ""
+
+
+class Guest:
+    """One person's browser: a page with cookies of its own, and all that went wrong on it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.wrong: list[str] = []
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        page.on("dialog", self._asked)
+
+    async def sign_in(self, token: str) -> None:
+        await self.page.goto(f"{self.url}/sign-in")
+        await self.page.get_by_label("Token").fill(token)
+        await self.page.get_by_role("button", name="Sign in").click()
+        await self.page.wait_for_url(f"{self.url}/")
+
+    async def press(self, key: str) -> None:
+        """Press a key that posts, until what it brings is shown."""
+        before = await self.page.locator("#main").element_handle()
+        await self.page.keyboard.press(key)
+        await self.page.wait_for_function("before => !before.isConnected", arg=before)
+
+    async def completion(self) -> str:
+        return await self.page.locator(".completion .text").inner_text()
+
+    async def _asked(self, dialog: Any) -> None:
+        self.wrong.append(f"dialog: {dialog.message}")
+        await dialog.dismiss()
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.wrong.append(message.text)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("the tests of the page need a browser: apt-get install -y chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=_ARGUMENTS)
+        yield browser
+        await browser.close()
+
+
+@pytest.fixture
+def rules() -> Rules:
+    return Rules()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def site(tmp_path: Path, rules: Rules) -> AsyncIterator[ServedSite]:
+    site = await ServedSite.open(tmp_path, rules)
+    assert isinstance(site, ServedSite)
+    server = PageServer(site.app(), "127.0.0.1:0", ())
+    site.url = await server.start()
+    yield site
+    await server.stop()
+    await site.store.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def open_page(browser: Browser, site: ServedSite) -> AsyncIterator[OpenPage]:
+    """`guest = await open_page(**settings of a context)`; no page may have complained when the test ends."""
+    guests: list[Guest] = []
+
+    async def open_page(**settings: Any) -> Guest:
+        context = await browser.new_context(**settings)
+        guests.append(Guest(await context.new_page(), site.url))
+        return guests[-1]
+
+    yield open_page
+    for guest in guests:
+        await guest.page.context.close()
+    assert [guest.wrong for guest in guests] == [[]] * len(guests)
