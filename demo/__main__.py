@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from demo.corpus import CorpusError, load_reviews
 from demo.data import split_reviews, write_prompts
 from demo.processes import Child, Endpoint, ProcessDiedError, first_to_end, stop_all
 from demo.report import Report, ReportError, print_report, write_report
+from demo.rewards import RewardError, RewardPlan, needs_ratings, plan_reward
 
 _HERE = Path(__file__).parent
 _HELD_OUT_REVIEWS = 400
@@ -36,13 +37,12 @@ class RunFolderError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the three processes are started with. eval_data None: the trainer holds prompts out of `data` itself."""
+    """What the processes are started with. eval_data None: the trainer holds prompts out of `data` itself."""
 
     model: str
     data: str
     eval_data: str | None
-    reward: str
-    reward_options: str | None
+    reward: RewardPlan
     trainer_config: Path
     extra: tuple[str, ...]
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _clear(run_dir)
         plan = _prepare(arguments, console)
         return asyncio.run(_run(plan, run_dir, console, began))
-    except (CorpusError, ProcessDiedError, ReportError, RunFolderError) as error:
+    except (CorpusError, ProcessDiedError, ReportError, RewardError, RunFolderError) as error:
         console.print(f"\nThe demo stopped: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -73,7 +73,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="your own model: a folder or hub name (default: one trained here on reviews)")
     parser.add_argument("--data", help="your own prompts: JSONL, CSV, Parquet or a hub dataset with a column 'prompt'")
-    parser.add_argument("--reward", default="vader", help="module:function, file.py:function or a built-in (vader)")
+    parser.add_argument(
+        "--reward",
+        default="vader",
+        help="what the reward server takes (vader), or one that is set up here: model, composite, remote, go",
+    )
     parser.add_argument("--reward-options", help="options of the reward, a JSON or YAML mapping")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="emptied first (runs/demo)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="kept between runs (.cache/demo)")
@@ -92,7 +96,8 @@ def _clear(run_dir: Path) -> None:
 def _prepare(arguments: argparse.Namespace, console: Console) -> Plan:
     """Fetch and train whatever the user did not bring."""
     model, data, eval_data = arguments.model, arguments.data, None
-    if model is None or data is None:
+    split = None
+    if model is None or data is None or needs_ratings(arguments.reward, arguments.reward_options):
         reviews = load_reviews(arguments.cache)
         console.print(f"Corpus: {len(reviews):,} film-review snippets")
         split = split_reviews(reviews, held_out=_HELD_OUT_REVIEWS)
@@ -108,8 +113,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> Plan:
         model=model,
         data=data,
         eval_data=eval_data,
-        reward=arguments.reward,
-        reward_options=arguments.reward_options,
+        reward=plan_reward(arguments.reward, arguments.reward_options, arguments.cache, split, console),
         trainer_config=_HERE / ("trainer.yaml" if arguments.model is None else "trainer-own-model.yaml"),
         extra=tuple(arguments.trainer),
     )
@@ -143,13 +147,9 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
     logs.mkdir(parents=True, exist_ok=True)
     common = ["--metrics-port", "auto"]
     server = [*common, "--listen", "127.0.0.1:0", "--drain-seconds", "0", "--grace-seconds", "2"]
-    options = ["--reward-options", plan.reward_options] if plan.reward_options else []
     environment = _environment()
 
-    reward = await Child.start(
-        "reward_server", [*server, "--reward", plan.reward, *options], folder=logs, environment=environment
-    )
-    children.append(reward)
+    reward = await _start_reward(plan.reward, server, logs, environment, children, console)
     policy = await Child.start(
         "policy_server", [*server, "--model", plan.model, "--managed"], folder=logs, environment=environment
     )
@@ -172,10 +172,9 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
     training_began = time.monotonic()
     endpoints["trainer"] = await _endpoint(trainer, children, console)
     for name, endpoint in endpoints.items():
-        where = f"listens on {endpoint.address}, " if endpoint.address else ""
-        console.print(
-            f"{name:<14} pid {endpoint.pid}: {where}metrics at {endpoint.metrics_url}", highlight=False, soft_wrap=True
-        )
+        places = [f"listens on {endpoint.address}"] if endpoint.address else []
+        places += [f"metrics at {endpoint.metrics_url}"] if endpoint.metrics_url else []
+        console.print(f"{name:<14} pid {endpoint.pid}: {', '.join(places)}", highlight=False, soft_wrap=True)
     console.print(f"Logs: {logs}\n")
 
     ended = await first_to_end(children)
@@ -183,6 +182,31 @@ async def _story(plan: Plan, run_dir: Path, console: Console, began: float, chil
         raise ProcessDiedError(ended.epitaph())
     now = time.monotonic()
     return write_report(run_dir, seconds=now - began, seconds_training=now - training_began, endpoints=endpoints)
+
+
+async def _start_reward(
+    plan: RewardPlan,
+    server: Sequence[str],
+    logs: Path,
+    environment: Mapping[str, str],
+    children: list[Child],
+    console: Console,
+) -> Child:
+    """The server that the trainer asks; one that stands behind it is started first. Both join `children`."""
+    if plan.program:
+        listen = {**environment, "LISTEN": "127.0.0.1:0"}
+        children.append(await Child.start_program("reward_server", plan.program, folder=logs, environment=listen))
+        return children[-1]
+    arguments = [*server, *plan.arguments]
+    if plan.behind:
+        behind = await Child.start(
+            "reward_server", [*server, *plan.behind], name="reward_server_behind", folder=logs, environment=environment
+        )
+        children.append(behind)
+        target = (await _endpoint(behind, children, console)).address
+        arguments += ["--reward-options", f"target: {target}"]
+    children.append(await Child.start("reward_server", arguments, folder=logs, environment=environment))
+    return children[-1]
 
 
 async def _endpoint(child: Child, children: Sequence[Child], console: Console) -> Endpoint:
@@ -211,7 +235,7 @@ def _environment() -> dict[str, str]:
 
 
 def _say_what_came_out(console: Console, report: Report, run_dir: Path, plan: Plan) -> None:
-    print_report(console, report, run_dir, reward=plan.reward)
+    print_report(console, report, run_dir, reward=plan.reward.name)
     python = os.path.relpath(sys.executable)
     trained_at = yaml.safe_load(plan.trainer_config.read_text(encoding="utf-8")).get("temperature")
     temperature = f" --temperature {trained_at}" if trained_at is not None else ""

@@ -24,7 +24,7 @@ class Split:
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """JSONL files with the columns prompt, rating and id."""
+    """JSONL files with the columns prompt, answer (how the review went on), rating and id."""
 
     train: Path
     evaluation: Path
@@ -50,9 +50,14 @@ def write_prompts(folder: Path, split: Split, *, evaluation_prompts: int) -> Pro
 
 def prompt_of(review: Review) -> str | None:
     """The first 4 to 6 words (by the review's number, so always the same), or None if too little text is left."""
+    prompt, answer = _halves(review)
+    return prompt if len(answer.split()) >= _FEWEST_WORDS_LEFT else None
+
+
+def _halves(review: Review) -> tuple[str, str]:
     count = random.Random(review.id).randint(_SHORTEST, _LONGEST)
     words = review.text.split()
-    return " ".join(words[:count]) if len(words) >= count + _FEWEST_WORDS_LEFT else None
+    return " ".join(words[:count]), " ".join(words[count:])
 
 
 def _distinct_rows(reviews: Sequence[Review], taken: set[str]) -> list[dict[str, object]]:
@@ -61,5 +66,6 @@ def _distinct_rows(reviews: Sequence[Review], taken: set[str]) -> list[dict[str,
         prompt = prompt_of(review)
         if prompt is not None and prompt not in taken:
             taken.add(prompt)
-            rows.append({"prompt": prompt, "rating": round(review.rating, 2), "id": review.id})
+            answer = _halves(review)[1]
+            rows.append({"prompt": prompt, "answer": answer, "rating": round(review.rating, 2), "id": review.id})
     return rows

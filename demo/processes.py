@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import sys
 import time
@@ -39,10 +40,13 @@ class Endpoint:
 class Child:
     """One `python -m module …`, its output in a log file, echoed to this process's output if asked for.
 
-    With `terminal` it writes to the terminal itself, so that what it draws there lives; there is no log then.
+    With `terminal` it writes to the terminal itself, so that what it draws there lives; there is no log then. A program
+    that is not ours says in its log where it listens.
     """
 
-    def __init__(self, name: str, process: asyncio.subprocess.Process, log: Path | None, endpoint_file: Path) -> None:
+    def __init__(
+        self, name: str, process: asyncio.subprocess.Process, log: Path | None, endpoint_file: Path | None
+    ) -> None:
         self.name = name
         self._process = process
         self._log = log
@@ -58,20 +62,40 @@ class Child:
         *,
         folder: Path,
         environment: Mapping[str, str],
+        name: str = "",
         echo: bool = False,
         terminal: bool = False,
     ) -> Child:
-        """Start it, with its log and endpoint file in `folder`."""
-        endpoint_file = folder / f"{module}.endpoint.json"
+        """Start it, with its log and endpoint file in `folder`; its name is the module's unless given."""
+        name = name or module
+        endpoint_file = folder / f"{name}.endpoint.json"
         endpoint_file.unlink(missing_ok=True)
-        log = None if terminal else folder / f"{module}.log"
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            module,
-            *arguments,
-            "--endpoint-file",
-            str(endpoint_file),
+        command = [sys.executable, "-m", module, *arguments, "--endpoint-file", str(endpoint_file)]
+        log = None if terminal else folder / f"{name}.log"
+        process = await cls._spawn(command, environment, terminal=terminal)
+        child = cls(name, process, log, endpoint_file)
+        if log is not None:
+            child._copy = asyncio.create_task(child._copy_output(log, echo))
+        return child
+
+    @classmethod
+    async def start_program(
+        cls, name: str, command: Sequence[str], *, folder: Path, environment: Mapping[str, str]
+    ) -> Child:
+        """Start a server of another make, which prints "listening on host:port"."""
+        log = folder / f"{name}.log"
+        log.unlink(missing_ok=True)
+        process = await cls._spawn(command, environment, terminal=False)
+        child = cls(name, process, log, None)
+        child._copy = asyncio.create_task(child._copy_output(log, echo=False))
+        return child
+
+    @staticmethod
+    async def _spawn(
+        command: Sequence[str], environment: Mapping[str, str], *, terminal: bool
+    ) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=None if terminal else asyncio.subprocess.PIPE,
             stderr=None if terminal else asyncio.subprocess.STDOUT,
@@ -79,10 +103,6 @@ class Child:
             # A session of its own: Ctrl-C reaches only us, and we stop everything in order.
             start_new_session=True,
         )
-        child = cls(module, process, log, endpoint_file)
-        if log is not None:
-            child._copy = asyncio.create_task(child._copy_output(log, echo))
-        return child
 
     @property
     def pid(self) -> int:
@@ -106,11 +126,21 @@ class Child:
         """Where it listens, however long it takes to: it may be fetching a model. Raises ProcessDiedError when it ends
         first.
         """
-        while not self._endpoint_file.is_file():
+        while (endpoint := self._announced()) is None:
             if not self.running:
                 await self.wait()
                 raise ProcessDiedError(self.epitaph())
             await asyncio.sleep(0.05)
+        return endpoint
+
+    def _announced(self) -> Endpoint | None:
+        if self._endpoint_file is None:
+            assert self._log is not None
+            text = self._log.read_text(errors="replace") if self._log.is_file() else ""
+            line = re.search(r"^listening on (\S+)$", text, re.MULTILINE)
+            return Endpoint(self.pid, line.group(1), None) if line else None
+        if not self._endpoint_file.is_file():
+            return None
         content = json.loads(self._endpoint_file.read_text())
         return Endpoint(content["pid"], content.get("address"), content.get("metrics_url"))
 

@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m tests.benchmarks [rollout publish …]`."""
+"""Run the benchmarks: `python -m tests.benchmarks [rollout publish score …]`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import argparse
 import asyncio
 import os
 import tempfile
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.benchmarks import publish, rollout
+from tests.benchmarks import publish, rollout, score
 from tests.support.models import make_tiny_gpt2
-from tests.support.processes import process_factory
+from tests.support.processes import StartProcess, process_factory
 
-BENCHMARKS = {"rollout": rollout.measure, "publish": publish.measure}
+BENCHMARKS: Mapping[str, Callable[[Path, StartProcess, int], Awaitable[Any]]] = {
+    "rollout": rollout.measure,
+    "publish": publish.measure,
+    "score": score.measure,
+}
 
 
 def main() -> None:

@@ -32,6 +32,6 @@ def test_no_prompt_of_the_evaluation_is_trained_on(tmp_path: Path) -> None:
     train = [json.loads(line) for line in files.train.read_text().splitlines()]
     evaluation = [json.loads(line) for line in files.evaluation.read_text().splitlines()]
     assert 0 < len(evaluation) <= 20
-    assert set(train[0]) == {"prompt", "rating", "id"}
+    assert set(train[0]) == {"prompt", "answer", "rating", "id"}
     prompts = [row["prompt"] for row in train + evaluation]
     assert len(set(prompts)) == len(prompts)

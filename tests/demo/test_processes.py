@@ -80,3 +80,14 @@ async def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(start: S
     assert time.monotonic() - began < 10
     assert not stubborn.running
     assert await stubborn.wait() == -9
+
+
+async def test_a_program_of_another_make_says_in_its_log_where_it_listens(tmp_path: Path) -> None:
+    script = 'echo starting; echo "listening on 127.0.0.1:5002"; exec sleep 60'
+    child = await Child.start_program("other", ["sh", "-c", script], folder=tmp_path, environment=os.environ)
+    try:
+        async with asyncio.timeout(10):
+            endpoint = await child.endpoint()
+        assert (endpoint.pid, endpoint.address, endpoint.metrics_url) == (child.pid, "127.0.0.1:5002", None)
+    finally:
+        await child.stop(0.1)

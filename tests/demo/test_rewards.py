@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from demo import rewards
+from demo.rewards import RewardError, needs_ratings, plan_reward
+from reward_server.composite import CompositeOptions
+
+
+def plan(reward: str, options: str | None, cache: Path) -> rewards.RewardPlan:
+    return plan_reward(reward, options, cache, None, Console(quiet=True))
+
+
+def test_options_mean_what_they_mean_to_the_reward_server(tmp_path: Path) -> None:
+    made = plan("remote", "target: elsewhere:1", tmp_path)
+    assert made.arguments == ("--reward", "remote", "--reward-options", "target: elsewhere:1")
+    assert made.behind == ()
+    assert not needs_ratings("model", "model: mine")
+
+
+def test_the_mixture_is_a_composite_that_can_be_made() -> None:
+    options = CompositeOptions(**rewards._mixture({"model": "m"}))
+    assert [component.name for component in options.components] == ["praise", "length", "liking"]
+
+
+def test_an_example_that_is_not_built_is_named_with_the_command_that_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewards, "EXAMPLES", tmp_path)
+    with pytest.raises(RewardError, match="make examples EXAMPLES=go"):
+        plan("go", None, tmp_path)
