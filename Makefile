@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	UV_BUILD_CONSTRAINT=constraints.txt $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## Run PPO over the three processes on film reviews and show the reward rising (MODEL= DATA= REWARD=)
+demo: $(READY) $(if $(filter go,$(REWARD)),example-go) ## Run PPO over the three processes on film reviews and show the reward rising (MODEL= DATA= REWARD=)
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(REWARD),--reward $(REWARD))
 
 test: $(READY) ## Run the tests that fit in a few minutes

@@ -6,11 +6,8 @@ in front of another one, and `go` (or another language) is the example server in
 
 from __future__ import annotations
 
-import csv
 import json
-import subprocess
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,7 @@ class RewardPlan:
     name: str
     arguments: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
-    program: tuple[str, ...] = field(default=())
+    program: tuple[str, ...] = ()
 
 
 def needs_ratings(reward: str, options: str | None) -> bool:
@@ -51,7 +48,7 @@ def needs_ratings(reward: str, options: str | None) -> bool:
 def plan_reward(reward: str, options: str | None, cache: Path, split: Split | None, console: Console) -> RewardPlan:
     """What to start for `--reward`; with options it means what it means to the reward server.
 
-    Raises RewardError when an example is not built, or the model can't be trained.
+    Raises RewardError when an example is not built.
     """
     if options is not None:
         return RewardPlan(reward, ("--reward", reward, "--reward-options", options))
@@ -92,15 +89,18 @@ def _program(language: str) -> tuple[str, ...]:
 
 def _rating_model(cache: Path, split: Split, console: Console) -> dict[str, Any]:
     """Options of the model kind for a model of the human ratings, trained the first time."""
+    # Importing torch takes seconds that the other rewards need not spend.
+    from reward_server.train_model.ratings import Rated
+    from reward_server.train_model.training import REPORT_FILE, Report, train_reward_model
+
     folder = cache / "rating-model"
-    if not (folder / "config.json").is_file():
+    if (folder / REPORT_FILE).is_file():
+        report = Report(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+    else:
         console.print("Training a reward model on the human ratings (once) …")
-        table = cache / "ratings.csv"
-        with table.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "rating"])
-            writer.writerows([review.text, review.rating] for review in split.train)
-        command = [sys.executable, "-m", "reward_server.train_model", "--data", str(table), "--output", str(folder)]
-        if subprocess.run(command, check=False).returncode:
-            raise RewardError("the reward model could not be trained; its output above says why")
-    return {"model": str(folder)}
+        train, held_out = (
+            [Rated(review.text, review.rating) for review in part] for part in (split.train, split.held_out)
+        )
+        report = train_reward_model(train, held_out, folder)
+    console.print(f"Reward model: correlation with {report.held_out} held-out human ratings {report.pearson:.2f}")
+    return report.unit_options(folder)

@@ -115,7 +115,8 @@ async def measure(folder: Path, start: StartProcess, threads: int) -> ScoreTimin
         for language in ("python", "go", "rust"):
             example = ExampleServer(EXAMPLES[language], folder / language, "127.0.0.1:0")
             stack.callback(example.kill)
-            await add(f"example in {language}", example.wait_listening())
+            example.wait_bound()
+            await add(f"example in {language}", example.address)
         return ScoreTimings(await _timings(callers))
 
 

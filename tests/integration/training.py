@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.reward_server.examples.servers import ExampleServer
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, StartProcess, process_factory
 
@@ -60,7 +61,11 @@ class World:
         return self.start("reward_server", "--reward", f"{file}:reward", listen=listen)
 
     def trainer(
-        self, run: str, *flags: str, reward: ProcessUnderTest | None = None, **settings: object
+        self,
+        run: str,
+        *flags: str,
+        reward: ProcessUnderTest | ExampleServer | None = None,
+        **settings: object,
     ) -> ProcessUnderTest:
         """A reproducible trainer of run `run` in a folder of that name; `settings` replace what is set here."""
         reward = reward or self.reward

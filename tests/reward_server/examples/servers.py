@@ -76,18 +76,16 @@ class ExampleServer:
             )
 
     @property
-    def listening(self) -> str:
-        """The address that it says it listens at; "" when it has not said so yet."""
+    def address(self) -> str:
+        """Where it says that it listens; "" when it has not said so yet."""
         for line in self._stdout.read_text().splitlines(keepends=True):
             if line.startswith("listening on ") and line.endswith("\n"):
                 return line.removeprefix("listening on ").strip()
         return ""
 
-    def wait_listening(self) -> str:
-        """The address, once it has said so."""
-        return wait_for(
-            lambda: self.listening if self._alive() else "", within=STARTS_WITHIN, what="line `listening on`"
-        )
+    def wait_bound(self) -> None:
+        """Until it says that it listens."""
+        wait_for(lambda: self._alive() and self.address, within=STARTS_WITHIN, what="line `listening on`")
 
     def poll(self) -> int | None:
         """Its exit status, None while it runs."""

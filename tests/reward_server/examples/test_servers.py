@@ -31,13 +31,15 @@ Start = Callable[..., ExampleServer]
 
 @pytest.fixture(params=EXAMPLES)
 def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
-    """`start()`: a server of the language, killed at the end of the test."""
+    """`start()`: a server of the language that listens, killed at the end of the test."""
     example = EXAMPLES[request.param]
     started: list[ExampleServer] = []
 
-    def one(listen: str = "127.0.0.1:0") -> ExampleServer:
+    def one(listen: str = "127.0.0.1:0", *, binds: bool = True) -> ExampleServer:
         server = ExampleServer(example, tmp_path / str(len(started)), listen)
         started.append(server)
+        if binds:
+            server.wait_bound()
         return server
 
     yield one
@@ -68,7 +70,7 @@ def test_every_golden_vector_comes_out_the_same(start: Start) -> None:
     by_keys: defaultdict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for vector in json.loads(VECTORS.read_text()):
         by_keys[tuple(vector["json_metadata_keys"])].append(vector)
-    with grpc.insecure_channel(start().wait_listening()) as channel:
+    with grpc.insecure_channel(start().address) as channel:
         for json_keys, vectors in by_keys.items():
             samples = [
                 reward_pb2.Sample(
@@ -90,14 +92,14 @@ def test_every_golden_vector_comes_out_the_same(start: Start) -> None:
 
 
 def test_a_missing_column_is_named(start: Start) -> None:
-    with grpc.insecure_channel(start().wait_listening()) as channel:
+    with grpc.insecure_channel(start().address) as channel:
         result = score(channel, reward_pb2.Sample(sample_id="a", group_id="g", completion="42"))["a"]
     assert result.failed.code == "MISSING_METADATA"
     assert "answer" in result.failed.message
 
 
 def test_it_describes_itself_as_all_six_do(start: Start) -> None:
-    with grpc.insecure_channel(start().wait_listening()) as channel:
+    with grpc.insecure_channel(start().address) as channel:
         info = reward_pb2_grpc.RewardServiceStub(channel).GetRewardInfo(reward_pb2.GetRewardInfoRequest(), timeout=60)
     assert info.version
     info.version = ""
@@ -113,7 +115,7 @@ def test_it_describes_itself_as_all_six_do(start: Start) -> None:
 
 def test_the_conformance_kit_finds_nothing(start: Start) -> None:
     judged = subprocess.run(
-        [sys.executable, "-m", "reward_server.conformance", start().wait_listening()],
+        [sys.executable, "-m", "reward_server.conformance", start().address],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -132,7 +134,7 @@ def test_the_last_65536_samples_are_remembered_and_no_more(start: Start) -> None
             score(channel, *(sample(f"other-{next(numbers)}") for _ in range(size)))
             count -= size
 
-    with grpc.insecure_channel(start().wait_listening()) as channel:
+    with grpc.insecure_channel(start().address) as channel:
         first = score(channel, sample("old"), sample("gone"), sample("kept"))
         others(channel, REMEMBERED // 2)
         assert score(channel, sample("kept"))["kept"] == first["kept"]
@@ -147,7 +149,7 @@ def test_the_last_65536_samples_are_remembered_and_no_more(start: Start) -> None
 
 def test_a_stop_says_not_serving_at_once_and_finishes_the_call_in_flight(start: Start) -> None:
     server = start()
-    address = server.wait_listening()
+    address = server.address
     # Ids as long as they may be: the answer is larger than what this client lets the server send before it reads.
     samples = [sample(f"{number:0256}") for number in range(MOST)]
     small_window = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
@@ -173,7 +175,7 @@ def test_a_stop_says_not_serving_at_once_and_finishes_the_call_in_flight(start: 
 
 def test_an_open_watch_holds_a_stop_up_no_longer_than_the_grace(start: Start) -> None:
     server = start()
-    with grpc.insecure_channel(server.wait_listening()) as channel:
+    with grpc.insecure_channel(server.address) as channel:
         statuses = watch(channel)
         server.signal()
         assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -181,7 +183,7 @@ def test_an_open_watch_holds_a_stop_up_no_longer_than_the_grace(start: Start) ->
 
 
 def test_a_port_that_is_taken_is_an_error(start: Start) -> None:
-    taken = start().wait_listening()
-    second = start(taken)
+    taken = start().address
+    second = start(taken, binds=False)
     assert second.wait_exit() != 0
-    assert not second.listening
+    assert not second.address
