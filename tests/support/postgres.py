@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import psycopg
 
-_INSTALL = "PostgreSQL is not installed, and these tests need it: apt-get install -y postgresql"
+from tests.support.debian import required
 
 
 class PostgresServer:
@@ -42,7 +43,8 @@ class PostgresServer:
 
 @contextmanager
 def postgres_server() -> Iterator[PostgresServer]:
-    """One that runs until the block ends."""
+    """One that runs until the block ends; skips the test where PostgreSQL is not installed."""
+    _binary("initdb")
     # Short: a socket's path has 107 bytes at most, and pytest's folders are deep.
     folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     server = PostgresServer(folder)
@@ -70,15 +72,9 @@ def _run(program: str, *arguments: str) -> None:
 
 def _binary(program: str) -> str:
     installed = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{program}"), key=lambda path: int(path.parts[4]))
-    found = str(installed[-1]) if installed else shutil.which(program)
-    assert found, _INSTALL
-    return found
+    return required(str(installed[-1]) if installed else shutil.which(program), "postgresql")
 
 
 def _unprivileged() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwnam("postgres").pw_name
-    except KeyError:
-        raise AssertionError(_INSTALL) from None
+    """The user that Debian's package makes."""
+    return pwd.getpwnam("postgres").pw_name

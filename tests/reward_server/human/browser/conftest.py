@@ -14,6 +14,7 @@ from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
 from reward_server.human.page_server import PageServer
 from reward_server.human.rules import Rules
 from tests.reward_server.human.site import Site
+from tests.support.debian import required
 
 _ARGUMENTS = [
     "--no-sandbox",
@@ -70,9 +71,7 @@ class Guest:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail("the tests of the page need a browser: apt-get install -y chromium")
+    chromium = required(shutil.which("chromium"), "chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=_ARGUMENTS)
         yield browser
