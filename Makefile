@@ -54,12 +54,13 @@ BUILD_AND_TEST_rust       = cargo build --release && cargo test --release
 BUILD_AND_TEST_typescript = npm ci --no-audit --no-fund && npm run build && npm test
 BUILD_AND_TEST_java       = mvn -B -ntp -q package
 BUILD_AND_TEST_cpp        = cmake -S . -B build && cmake --build build -j$(JOBS) && ctest --test-dir build --output-on-failure
-BUILD_AND_TEST_python     = python -m pytest -q -p no:asyncio && mypy && ruff check .
+BUILD_AND_TEST_python     = python -m pytest -q -p no:asyncio
 
 check: $(READY) ## Lint, format, types, contract lint, and drift of the committed stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd reward_server/examples/python && $(CURDIR)/$(BIN)/mypy
 	$(BIN)/buf lint protos
 	$(BIN)/buf format protos --diff --exit-code
 	$(BIN)/python scripts/protos.py --check
