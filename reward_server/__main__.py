@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -77,6 +78,8 @@ async def _open(reward: RewardKind, service: RewardService, server: Server, sett
     description = reward.description
     if settings.reward_version:
         description = replace(description, version=settings.reward_version)
+    # What start-up made stays for good: the collector need not look through it again and again.
+    gc.freeze()
     service.open(description, Scheduler(reward, settings.limits()))
     server.set_serving(SERVICE_NAME, True)
     _log.info("ready", kind=reward.kind, reward=description.name, version=description.version)

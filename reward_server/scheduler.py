@@ -104,7 +104,8 @@ class Scheduler:
         finally:
             for job in jobs:
                 job.waiting_calls -= 1
-                self._give_up_unless_wanted(job)
+                if not job.batch.finished.done():
+                    self._give_up_unless_wanted(job)
         return [_answered(answer, come_back) if isinstance(answer, _Job) else answer for answer in answers]
 
     def _expect_again(self, jobs: Sequence[_Job], seconds: float) -> None:

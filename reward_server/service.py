@@ -55,12 +55,12 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             if outcome is None and isinstance(each, Sample)
         ]
         judged = iter(await scheduler.score(samples, _answer_by(context)))
-        return reward_pb2.ScoreResponse(
-            results=[
-                encode(sample.sample_id, next(judged) if outcome is None else outcome)
-                for sample, outcome in zip(request.samples, outcomes, strict=True)
-            ]
-        )
+        response = reward_pb2.ScoreResponse()
+        for sample, outcome in zip(request.samples, outcomes, strict=True):
+            result = response.results.add()
+            result.sample_id = sample.sample_id
+            encode(next(judged) if outcome is None else outcome, result)
+        return response
 
     async def GetRewardInfo(  # noqa: N802 - the contract's name
         self, request: reward_pb2.GetRewardInfoRequest, context: _Context

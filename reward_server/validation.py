@@ -35,14 +35,16 @@ def _violations(request: reward_pb2.ScoreRequest, max_samples: int, scope: Scope
         return
     first_index: dict[str, int] = {}
     for index, sample in enumerate(request.samples):
-        path = f"samples[{index}]"
-        yield from _id_violations(f"{path}.sample_id", sample.sample_id)
-        first = first_index.setdefault(sample.sample_id, index)
-        if sample.sample_id and first != index:
-            yield FieldViolation(f"{path}.sample_id", f"the same as samples[{first}].sample_id")
+        sample_id = sample.sample_id
+        if not 0 < len(sample_id.encode()) <= _MAX_ID_BYTES:
+            yield from _id_violations(f"samples[{index}].sample_id", sample_id)
+        first = first_index.setdefault(sample_id, index)
+        if sample_id and first != index:
+            yield FieldViolation(f"samples[{index}].sample_id", f"the same as samples[{first}].sample_id")
         if not sample.group_id:
-            yield FieldViolation(f"{path}.group_id", "required")
-        yield from _range_violations(f"{path}.sampled_ranges", sample)
+            yield FieldViolation(f"samples[{index}].group_id", "required")
+        if sample.sampled_ranges:
+            yield from _range_violations(f"samples[{index}].sampled_ranges", sample)
     if scope is Scope.GROUP:
         yield from _group_violations(request)
 

@@ -108,6 +108,8 @@ def _judgements(answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
 
 
 def _judgement(item: Any, sample: Sample) -> Outcome:
+    if type(item) is float and math.isfinite(item):  # what nearly every function returns
+        return Scored(item)
     if item is None:
         return Abstained("the reward function returned None")
     reward = item if isinstance(item, Reward) else Reward(item)
@@ -125,8 +127,6 @@ def _judgement(item: Any, sample: Sample) -> Outcome:
 
 def _number(value: Any, what: str) -> float:
     """`value` as a finite float. Raises TypeError for what is no number, ValueError for NaN and infinities."""
-    if type(value) is float and math.isfinite(value):
-        return value
     if hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, numbers.Real):

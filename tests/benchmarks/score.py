@@ -109,7 +109,7 @@ async def measure(folder: Path, start: StartProcess, threads: int) -> ScoreTimin
             callers[name] = _Caller(channel, method)
 
         await add("bare grpc.aio echo", stack.enter_context(_echo_server(folder)), ECHO)
-        server = start("reward_server", "--reward", "length", "--reward-options", "target: 20")
+        server = start("reward_server", "--reward", "length", "--reward-options", "{target: 200, unit: characters}")
         server.wait_serving("rlhf.reward.v1.RewardService")
         await add("reward_server, function kind", server.address)
         for language in ("python", "go", "rust"):

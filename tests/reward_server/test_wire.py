@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_server.kinds import Sample
-from reward_server.results import Abstained, Failed, FailureCode, Pending
+from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending
 from reward_server.wire import decode, encode, fingerprint
 from rlhf.reward.v1 import reward_pb2
 
@@ -46,10 +46,16 @@ def test_the_fingerprint_does_not_depend_on_order_or_group(metadata: dict[str, s
     assert (one.group_id, one.group_size) == ("g", 2)
 
 
+def encoded(outcome: Outcome) -> reward_pb2.SampleResult:
+    result = reward_pb2.SampleResult(sample_id="a")
+    encode(outcome, result)
+    return result
+
+
 @given(st.text(), st.floats(min_value=1e-12, max_value=1e6))
 def test_what_people_read_fits_and_waits_are_above_zero(text: str, seconds: float) -> None:
     for outcome in (Abstained(text * 300), Failed(FailureCode.FUNCTION_RAISED, text * 300)):
-        result = encode("a", outcome)
+        result = encoded(outcome)
         assert len((result.abstained.reason or result.failed.message).encode()) <= 1024
         assert reward_pb2.SampleResult.FromString(result.SerializeToString()) == result
-    assert encode("a", Pending(seconds)).pending.retry_after.ToNanoseconds() > 0
+    assert encoded(Pending(seconds)).pending.retry_after.ToNanoseconds() > 0
