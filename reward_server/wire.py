@@ -85,7 +85,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def encode(outcome: Outcome, result: reward_pb2.SampleResult) -> None:
-    """Write the outcome into `result` as the contract sends it: a message made apart and copied costs five times more."""
+    """Write the outcome into `result` as the contract sends it: made apart and copied it would cost five times more."""
     match outcome:
         case Scored():
             scored = result.scored

@@ -21,7 +21,7 @@ from rlhf.reward.v1 import reward_pb2
 SERVICE = "rlhf.reward.v1.RewardService"
 
 _SURVEY_SAMPLES = 8
-_GROUP_SAMPLES = 3
+_UNIT_SAMPLES = 3
 _DEFAULT_MAX_REQUEST_BYTES = 4 << 20
 _SHORTEST_WAIT_SECONDS = 0.01
 _AGAIN_SECONDS = 0.2
@@ -139,8 +139,8 @@ class Session:
         return made
 
     def unit(self) -> list[reward_pb2.Sample]:
-        """As few new samples as say something: a group of several where the scope is one, else a single one."""
-        return self.samples(min(_GROUP_SAMPLES, self.info.max_samples or _GROUP_SAMPLES) if self.in_groups else 1)
+        """A few new samples, one group where the scope is one; a single one might be abstained from, and say little."""
+        return self.samples(min(_UNIT_SAMPLES, self.info.max_samples or _UNIT_SAMPLES))
 
     def renamed(self, samples: Sequence[reward_pb2.Sample]) -> list[reward_pb2.Sample]:
         """The same contents as new samples, in groups of the same shape."""
@@ -245,7 +245,8 @@ class Session:
         samples = self.samples(min(_SURVEY_SAMPLES, self.info.max_samples or _SURVEY_SAMPLES))
         if self.info.needs_token_ids:
             # The first token is the policy's own, the others a tool's.
-            samples[0].sampled_ranges.add(first=0, past_last=1)
+            for sample in samples[::2]:
+                sample.sampled_ranges.add(first=0, past_last=1)
         return samples, await self.judge(samples)
 
     @property

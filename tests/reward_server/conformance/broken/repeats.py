@@ -60,7 +60,8 @@ class TakesOtherContentForTheOld(RightServer):
     def clash(self, sample: Sample, result: SampleResult) -> SampleResult:
         old = renamed(result, sample.sample_id)
         # Those of the old content's tokens would be too many or too few, which is another case's to say.
-        old.scored.ClearField("token_rewards")
+        if old.HasField("scored"):
+            old.scored.ClearField("token_rewards")
         return old
 
 
