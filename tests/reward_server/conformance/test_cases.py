@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from reward_server.conformance.case import Case
-from reward_server.conformance.runner import CASES
+from reward_server.conformance.__main__ import main
+from reward_server.conformance.case import CASES, Case
+from reward_server.conformance.runner import ExitCode
 from tests.reward_server.conformance.broken import BROKEN
 from tests.support.processes import ROOT
 
@@ -19,6 +20,7 @@ PROTO = " ".join(
         for line in (ROOT / "protos/rlhf/reward/v1/reward.proto").read_text().splitlines()
     ).split()
 )
+PAGE = (ROOT / "docs" / "conformance.md").read_text()
 ALLOWED_IMPORTS = {*sys.stdlib_module_names, "google", "grpc", "grpc_health", "grpc_reflection", "rlhf"}
 
 
@@ -54,3 +56,17 @@ def test_the_kit_uses_nothing_of_the_server_beside_it() -> None:
         if name.partition(".")[0] not in ALLOWED_IMPORTS and not name.startswith("reward_server.conformance")
     ]
     assert foreign == []
+
+
+def test_the_page_has_a_row_for_every_case() -> None:
+    rows = re.findall(r"^\| `([a-z-]+/[a-z-]+)` \| (\w+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert rows == [(case.id, case.level.value, case.summary) for case in CASES.values()]
+
+
+def test_the_page_has_every_exit_code_and_no_flag_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE) == [str(int(code)) for code in ExitCode]
+    assert re.findall(r"^  (\d+) ", told, re.MULTILINE) == [str(int(code)) for code in ExitCode]
+    assert all(f"--{flag}" in told for flag in re.findall(r"--([a-z][a-z-]+)", PAGE))
