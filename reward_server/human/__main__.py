@@ -7,11 +7,14 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from reward_server.human.database import DatabaseUrlError
-from reward_server.human.migrations import NewerDatabaseError
-from reward_server.human.options import DEFAULT_DATABASE
-from reward_server.human.rules import Rules
-from reward_server.human.store import Store, StoreUnavailable
+from rlhf.extras import brought_by
+
+with brought_by("human"):
+    from reward_server.human.database import DatabaseUrlError
+    from reward_server.human.migrations import NewerDatabaseError
+    from reward_server.human.options import DEFAULT_DATABASE
+    from reward_server.human.rules import Rules
+    from reward_server.human.store import Store, StoreUnavailable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -49,7 +49,14 @@ class Database:
             engine = create_async_engine(self._url, connect_args={"timeout": _LOCK_SECONDS})
             _set_up_sqlite(engine.sync_engine)
         else:
-            engine = create_async_engine(self._url, pool_pre_ping=True, connect_args={"connect_timeout": _LOCK_SECONDS})
+            try:
+                engine = create_async_engine(
+                    self._url, pool_pre_ping=True, connect_args={"connect_timeout": _LOCK_SECONDS}
+                )
+            except ModuleNotFoundError as error:
+                raise DatabaseUrlError(
+                    f"PostgreSQL needs the package {error.name}: pip install 'rlhf-services[postgres]'"
+                ) from error
         self._engine = engine
         self._writing = engine.execution_options(immediate=True)
         # Within the process nobody has to poll for SQLite's lock, or wait for PostgreSQL's with a connection in hand.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -107,8 +108,8 @@ class HumanOptions(BaseModel):
     @model_validator(mode="after")
     def _rewards_grow(self) -> Self:
         worst, best = self.reward_range
-        if not worst < best:
-            raise ValueError("reward_range is [lowest, highest], and higher is better")
+        if not (math.isfinite(worst) and math.isfinite(best) and worst < best):
+            raise ValueError("reward_range is [lowest, highest], both finite, and higher is better")
         return self
 
     def rules(self) -> Rules:

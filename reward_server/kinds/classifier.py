@@ -37,7 +37,8 @@ class Classifier:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model.eval()
+        model.eval()  # type: ignore[no-untyped-call]
+        self.model = model
         self.tokenizer = tokenizer
         self.max_tokens = _longest(model, tokenizer)
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
@@ -50,7 +51,7 @@ class Classifier:
     @property
     def labels(self) -> dict[int, str]:
         """Names of the logits."""
-        return {int(index): str(name) for index, name in self.model.config.id2label.items()}
+        return {int(index): str(name) for index, name in (self.model.config.id2label or {}).items()}
 
     def encode(
         self,
@@ -163,6 +164,9 @@ def load_classifier(source: str, *, revision: str | None, device: str, dtype: to
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise RewardLoadError(_because(source, "tokenizer", is_folder, error)) from error
+    # What transformers makes of files that are not there.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise RewardLoadError(f"the tokenizer of {source} has no vocabulary: its files are missing")
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,9 @@ async def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
         await one.migrate()
     assert file.read_text() == "x" * 5000
     await one.close()
+
+
+def test_a_missing_driver_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(DatabaseUrlError, match=r"psycopg.*rlhf-services\[postgres\]"):
+        Database("postgresql://localhost/ratings")
