@@ -1,4 +1,4 @@
-"""The pages about rewards that ask another server say what the code does."""
+"""The pages about the kinds of reward say what the code does."""
 
 from __future__ import annotations
 
@@ -13,20 +13,33 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from reward_server.human.options import HumanOptions
 from reward_server.kinds import Limits, Sample
 from reward_server.kinds.http import HttpOptions, HttpReward
 from reward_server.kinds.judge import JudgeOptions
+from reward_server.kinds.model import ModelOptions
 from reward_server.kinds.remote import RemoteOptions
 from reward_server.kinds.rubric import Rubric
 from reward_server.results import FailureCode, Scored
 from tests.support.processes import ROOT
 
-OPTIONS = {"remote": RemoteOptions, "http": HttpOptions, "judge": JudgeOptions}
+OPTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelOptions,
+    "human": HumanOptions,
+    "remote": RemoteOptions,
+    "http": HttpOptions,
+    "judge": JudgeOptions,
+}
 PAGES = {name: (ROOT / "docs" / "rewards" / f"{name}.md").read_text() for name in OPTIONS}
 ROW = re.compile(r"^\| `(\w+)` \| ([^|]*) \|", re.MULTILINE)
+COMMAND = re.compile(r"^python -m reward_server (?:.*\\\n)*.*$", re.MULTILINE)
+# Told in words.
+IN_WORDS = {("judge", "system"), ("human", "scale")}
 
 
 def shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
     return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
@@ -39,16 +52,16 @@ def test_every_option_is_on_its_page_with_its_default(name: str) -> None:
         value = fields[option].get_default(call_default_factory=True, validated_data={})
         if fields[option].is_required():
             assert default == "required", option
-        elif value in ("", None, {}):
+        elif value in ("", None, {}, ()):
             assert default in ("empty", "unset", "none", "this or the next"), option
-        elif option != "system":
+        elif (name, option) not in IN_WORDS:
             assert default == shown(value), option
 
 
 def examples(name: str) -> list[BaseModel]:
     """The options that the page's commands and files give."""
     page = PAGES[name]
-    commands = [shlex.split(line) for line in re.findall(r"^python -m reward_server .*", page, re.MULTILINE)]
+    commands = [shlex.split(command.replace("\\\n", " ")) for command in COMMAND.findall(page)]
     given = [
         yaml.safe_load(command[command.index("--reward-options") + 1])
         for command in commands
@@ -70,6 +83,9 @@ def test_the_rubric_on_the_page_is_one() -> None:
 
 
 def test_the_codes_of_these_kinds_are_on_their_pages() -> None:
+    model = (FailureCode.EMPTY_TEXT, FailureCode.TEXT_TOO_LONG, FailureCode.CHAT_TEMPLATE, FailureCode.NOT_FINITE)
+    assert all(f"`{code}`" in PAGES["model"] for code in model)
+    assert f"`{FailureCode.EXPIRED}`" in PAGES["human"]
     assert f"`{FailureCode.SAMPLE_TOO_LARGE}`" in PAGES["remote"]
     assert f"`{FailureCode.REMOTE_REFUSED}`" in PAGES["http"]
     assert all(f"`{code}`" in PAGES["judge"] for code in (FailureCode.JUDGE_REFUSED, FailureCode.JUDGE_UNREADABLE))
