@@ -74,6 +74,27 @@ def scored(request: reward_pb2.ScoreRequest, reward: float = 1.0) -> reward_pb2.
     return reward_pb2.ScoreResponse(results=results)
 
 
+Change = Callable[[reward_pb2.SampleResult], None]
+
+
+def altered(change: Change) -> Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]:
+    """A good answer with its first result changed."""
+
+    def answer(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        response = scored(request)
+        change(response.results[0])
+        return response
+
+    return answer
+
+
+def set_reward(value: float) -> Change:
+    def change(result: reward_pb2.SampleResult) -> None:
+        result.scored.reward = value
+
+    return change
+
+
 Generate = Callable[[policy_pb2.GenerateRequest], policy_pb2.GenerateResponse]
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,7 @@ from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from tests.reward_server.conftest import request, until
 from tests.reward_server.conftest import sample as message
 from tests.support.processes import StartProcess
-from tests.trainer.servers import ScriptedReward, scored, serving
-
-Change = Callable[[reward_pb2.SampleResult], None]
+from tests.trainer.servers import Change, ScriptedReward, altered, scored, serving, set_reward
 
 
 def sample(number: int, run_id: str = "run", json_keys: frozenset[str] = frozenset(), **fields: Any) -> Sample:
@@ -51,17 +49,6 @@ async def reward_at(target: str, limits: Limits | None = None, **options: Any) -
 async def reward_of(server: ScriptedReward, **options: Any) -> AsyncIterator[RemoteReward]:
     async with serving(server.add_to) as target, reward_at(target, **options) as reward:
         yield reward
-
-
-def altered(change: Change) -> Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]:
-    """A good answer with its first result changed."""
-
-    def answer(asked: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
-        response = scored(asked)
-        change(response.results[0])
-        return response
-
-    return answer
 
 
 async def test_it_says_of_itself_what_the_other_server_says() -> None:
@@ -250,13 +237,6 @@ async def test_a_final_status_is_this_servers_fault_to_its_callers(code: grpc.St
     assert raised.value.code is grpc.StatusCode.INTERNAL
     assert reward._options.target in raised.value.message
     assert len(server.calls) == 1
-
-
-def set_reward(value: float) -> Change:
-    def change(result: reward_pb2.SampleResult) -> None:
-        result.scored.reward = value
-
-    return change
 
 
 MALFORMED: dict[str, tuple[Change, str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from rlhf.channel import RetryPolicy, Waiting
 from rlhf.failures import RpcFailure
 from rlhf.reward.v1 import reward_pb2
-from tests.trainer.servers import ScriptedReward, scored, serving
+from tests.trainer.servers import Change, ScriptedReward, altered, scored, serving, set_reward
 from trainer.clients.policy import BrokenServerError, FinishReason
 from trainer.clients.rewards import (
     Abstained,
@@ -26,7 +26,6 @@ from trainer.clients.rewards import (
 )
 
 FAST = RetryPolicy(initial=0.001, maximum=0.01)
-Change = Callable[[reward_pb2.SampleResult], None]
 
 
 def sample(number: int, **fields: object) -> RewardSample:
@@ -66,17 +65,6 @@ class Watch:
 
     def over(self, call: object) -> None:
         self.calls.discard(call)
-
-
-def altered(change: Change) -> Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]:
-    """A good answer with its first result changed."""
-
-    def answer(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
-        response = scored(request)
-        change(response.results[0])
-        return response
-
-    return answer
 
 
 async def test_results_are_matched_by_id_in_any_order() -> None:
@@ -223,13 +211,6 @@ async def test_a_final_status_is_raised_and_not_retried(code: grpc.StatusCode) -
 
     assert raised.value.code is code
     assert len(server.calls) == 1
-
-
-def set_reward(value: float) -> Change:
-    def change(result: reward_pb2.SampleResult) -> None:
-        result.scored.reward = value
-
-    return change
 
 
 MALFORMED: dict[str, tuple[Change, str]] = {
