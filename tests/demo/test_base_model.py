@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from demo.base_model import Recipe, base_model
 from demo.corpus import Review
@@ -20,6 +22,14 @@ RECIPE = Recipe(vocabulary=300, layers=1, width=16, heads=2, context=32, epochs=
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _as_talkative_as_before() -> Iterator[None]:
+    """The demo is a process of its own and quietens transformers for good; this process goes on to other tests."""
+    before = transformers_logging.get_verbosity()
+    yield
+    transformers_logging.set_verbosity(before)
 
 
 def quiet() -> Console:
