@@ -126,6 +126,7 @@ def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:
             max_context_tokens=settings.max_context_tokens,
             score_tokens=settings.score_tokens,
             reproducible=settings.reproducible,
+            pack_weights=settings.pack_weights,
             observer=MetricsObserver(),
         )
     except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what can't be had

@@ -34,6 +34,10 @@ class PolicySettings(ServerSettings):
         default=False,
         description="Tokens and log-probabilities bit for bit a function of weights, request and threads; slower.",
     )
+    pack_weights: bool = Field(
+        default=True,
+        description="On a CPU in float32, keep the policy's linear weights twice, once ordered for decoding: faster.",
+    )
     managed: bool = Field(
         default=False, description="PolicyService is NOT_SERVING until a trainer has published its weights."
     )

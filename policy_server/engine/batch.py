@@ -17,6 +17,7 @@ from policy_server.engine.budget import Budget
 from policy_server.engine.detokenize import TokenDecoder
 from policy_server.engine.generation import Generation
 from policy_server.engine.jobs import ScoringJob, SwapJob
+from policy_server.engine.linears import PackedLinears, can_pack
 from policy_server.engine.loading import LoadedModels
 from policy_server.engine.mailbox import Mailbox, Outbox
 from policy_server.engine.model import ServedModel
@@ -46,7 +47,8 @@ class BatchEngine(Engine):
     max_batch_rows: completions that decode at once. max_queue_requests: requests (of either kind) that may wait for
     their first forward. max_context_tokens: prompt and completion, bounded by the model's own limit (None = that).
     score_tokens: padded tokens of one scoring micro-batch, and of one prefill. reproducible: rows of different
-    requests never share a batch (load the models with the same setting).
+    requests never share a batch (load the models with the same setting). pack_weights: on a CPU in float32, keep the
+    policy's linear weights a second time, in the order that is fastest to decode with.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class BatchEngine(Engine):
         max_context_tokens: int | None = None,
         score_tokens: int = 8192,
         reproducible: bool = False,
+        pack_weights: bool = True,
         observer: EngineObserver | None = None,
     ) -> None:
         self._models = {
@@ -66,15 +69,20 @@ class BatchEngine(Engine):
                 models.policy,
                 weights_digest=models.policy_digest,
                 max_context_tokens=max_context_tokens,
+                reproducible=reproducible,
             ),
             REFERENCE: ServedModel(
                 REFERENCE,
                 models.reference,
                 weights_digest=models.reference_digest,
                 max_context_tokens=max_context_tokens,
+                reproducible=reproducible,
             ),
         }
         self._parameters = ParameterTable(models.policy)
+        self._linears: PackedLinears | None = None
+        if pack_weights and not reproducible and can_pack(models.policy):
+            self._linears = PackedLinears(models.policy)
         # The service encodes on the event loop with the original, at the same time.
         self._decoder = TokenDecoder(copy.deepcopy(models.tokenizer))
         self._scorers = {name: Scorer(model) for name, model in self._models.items()}
@@ -93,6 +101,7 @@ class BatchEngine(Engine):
         self._worker = EngineWorker(
             policy=self._models[POLICY],
             parameters=self._parameters,
+            linears=self._linears,
             scorers=self._scorers,
             decoder=self._decoder,
             budget=self._budget,
@@ -155,9 +164,13 @@ class BatchEngine(Engine):
     ) -> WeightsVersion:
         """Swap weights in between two decode steps; see `Engine.load_weights`. A cancelled caller's swap is dropped."""
         worker = self._accepting_worker()
-        job = SwapJob(tensors, version, if_current, in_flight, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[WeightsVersion] = asyncio.get_running_loop().create_future()
+        job = SwapJob(tensors, version, if_current, in_flight, future, packed=None if self._linears else {})
         self._mailbox.put(partial(worker.swap, job))
         try:
+            if self._linears is not None:
+                packed = await asyncio.to_thread(self._linears.pack, tensors)
+                self._mailbox.put(partial(worker.swap_packed, job, packed))
             return await job.future
         finally:
             job.cancelled = True

@@ -1,4 +1,4 @@
-"""What transformers' DynamicCache lacks for batches that rows leave and join: select, merge, trim.
+"""What transformers' caches lack for batches that rows leave and join: select, merge, trim, with little copying.
 
 All rows of a cache end at the same column; shorter ones are padded on the left.
 """
@@ -6,11 +6,108 @@ All rows of a cache end at the same column; shorter ones are padded on the left.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+# Columns that a layer has room for beyond those it needs: more means less copying, and more memory.
+_SPARE_COLUMNS = 64
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values by position, in memory with room to grow.
+
+    A step writes one column, and a row that leaves moves one row at most. `keys` and `values` are views of the used
+    part: the first rows of the room, some of its columns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rooms: tuple[Tensor, ...] = ()
+        self._rows = self._start = self._end = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns, and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._rows = len(key_states)
+        states = (key_states, value_states)
+        columns = key_states.shape[-2]
+        self._make_room(states, rows=self._rows, after=columns)
+        for room, new in zip(self._rooms, states, strict=True):
+            room[: self._rows, :, self._end : self._end + columns] = new
+        self._end += columns
+        return self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep rows in that order. Rows of the end that fill the places of others move; any other order copies all."""
+        if not self.is_initialized:
+            return
+        order = beam_idx.tolist()
+        moves = [(place, row) for place, row in enumerate(order) if place != row]
+        if all(row >= len(order) for _, row in moves):
+            for room in self._rooms:
+                for place, row in moves:
+                    room[place, :, self._start : self._end] = room[row, :, self._start : self._end]
+        else:
+            self._rooms = tuple(room.index_select(0, beam_idx) for room in self._rooms)
+        self._rows = len(order)
+        self._show()
+
+    def absorb(self, other: GrowingLayer, *, columns: int) -> None:
+        """Append the rows of `other`, both padded to `columns` = the longer of the two."""
+        rows, length = self._rows + other._rows, other._end - other._start
+        self._make_room(other._used(), rows=rows, before=columns - (self._end - self._start))
+        start = self._end - columns
+        for room, states in zip(self._rooms, other._used(), strict=True):
+            # What padding holds is multiplied by 0, so it must be a number.
+            room[: self._rows, :, start : self._start] = 0
+            room[self._rows : rows, :, start : self._end - length] = 0
+            room[self._rows : rows, :, self._end - length : self._end] = states
+        self._rows, self._start = rows, start
+        self._show()
+
+    def trim(self, columns: int) -> None:
+        """Drop the first columns."""
+        self._start += columns
+        self._show()
+
+    def _used(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room[: self._rows, :, self._start : self._end] for room in self._rooms)
+        return self._used()
+
+    def _make_room(self, like: Sequence[Tensor], *, rows: int, before: int = 0, after: int = 0) -> None:
+        """Room for `rows` rows, and for more columns before and after those in use, which may move to make it."""
+        has = [room.shape for room in self._rooms]
+        if has and has[0][0] >= rows and self._start >= before and has[0][2] - self._end >= after:
+            return
+        used = self._end - self._start
+        columns = before + used + after + _SPARE_COLUMNS
+        rooms = []
+        for position, states in enumerate(like):
+            room = states.new_empty(
+                max([rows, *(shape[0] for shape in has)]), states.shape[1], columns, states.shape[3]
+            )
+            if has:
+                room[: self._rows, :, before : before + used] = self._used()[position]
+            rooms.append(room)
+        self._rooms, self._start, self._end = tuple(rooms), before, before + used
+
+
+def new_cache(config: PreTrainedConfig, *, growing: bool) -> Cache:
+    """An empty cache of the kinds of layers that the model wants."""
+    cache = DynamicCache(config=config)
+    if growing:
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def is_plain(cache: Cache) -> bool:
@@ -18,7 +115,8 @@ def is_plain(cache: Cache) -> bool:
 
     Recurrent and indexed layers hold more: rows of such models decode in the batch they were prefilled in.
     """
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
+    plain = (GrowingLayer, DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return all(type(layer) in plain for layer in cache.layers)
 
 
 def select(cache: Cache, rows: Sequence[int], device: torch.device) -> None:
@@ -30,7 +128,10 @@ def select(cache: Cache, rows: Sequence[int], device: torch.device) -> None:
 
 def merge(cache: Cache, other: Cache, *, columns: int) -> None:
     """Append the rows of `other`, both padded to `columns` = the longer of the two; plain caches only."""
-    for (layer, keys, values), (_, more_keys, more_values) in zip(_filled(cache), _filled(other), strict=True):
+    for (layer, keys, values), (more, more_keys, more_values) in zip(_filled(cache), _filled(other), strict=True):
+        if isinstance(layer, GrowingLayer) and isinstance(more, GrowingLayer):
+            layer.absorb(more, columns=columns)
+            continue
         width = columns
         if isinstance(layer, DynamicSlidingWindowLayer):
             width = min(columns, layer.sliding_window - 1)
@@ -42,6 +143,9 @@ def merge(cache: Cache, other: Cache, *, columns: int) -> None:
 def trim(cache: Cache, *, columns: int, remaining: int) -> None:
     """Drop the first `columns` columns, padding in every row, so that `remaining` are left; plain caches only."""
     for layer, keys, values in _filled(cache):
+        if isinstance(layer, GrowingLayer):
+            layer.trim(columns)
+            continue
         missing = columns
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = remaining

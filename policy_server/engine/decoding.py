@@ -35,7 +35,7 @@ class Cohort:
 
     def drop_dead_rows(self) -> None:
         """Free the rows that want no more tokens, and the columns that are padding in all that remain."""
-        kept = [index for index, row in enumerate(self.rows) if row.live]
+        kept = _places_filled([row.live for row in self.rows])
         if len(kept) == len(self.rows):
             return
         self.rows = [self.rows[index] for index in kept]
@@ -59,6 +59,13 @@ class Cohort:
         caches.merge(self.cache, other.cache, columns=columns)
         self.mask = torch.cat([caches.pad_left(mask, columns, dim=-1) for mask in (self.mask, other.mask)])
         self.rows += other.rows
+
+
+def _places_filled(live: Sequence[bool]) -> list[int]:
+    """The places of live rows, those of the end in the places of the dead before them: so few rows move."""
+    count = sum(live)
+    last = [place for place in range(count, len(live)) if live[place]]
+    return [place if live[place] else last.pop() for place in range(count)]
 
 
 def prefill(model: ServedModel, rows: Sequence[Row]) -> tuple[Cohort, Tensor]:

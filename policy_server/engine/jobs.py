@@ -49,4 +49,6 @@ class SwapJob:
     if_current: WeightsVersion | None
     in_flight: InFlight
     future: asyncio.Future[WeightsVersion]
+    packed: Mapping[int, Tensor] | None
+    """Copies of the tensors for PackedLinears; None while they are made."""
     cancelled: bool = False

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from policy_server.engine import activations, attention
+from policy_server.engine import cache as caches
 from policy_server.engine.protocol import WeightsVersion
 
 _CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len")
@@ -19,16 +21,29 @@ _FALLBACK_CONTEXT = 2048  # for models without positions to run out of (ALiBi an
 class ServedModel:
     """A model under its name on the wire, with the version of its weights.
 
+    reproducible: take no shortcut whose last bits could depend on more than weights and inputs.
+
     Raises ValueError for a model that can't continue from a key-value cache.
     """
 
     def __init__(
-        self, name: str, module: PreTrainedModel, *, weights_digest: str, max_context_tokens: int | None = None
+        self,
+        name: str,
+        module: PreTrainedModel,
+        *,
+        weights_digest: str,
+        max_context_tokens: int | None = None,
+        reproducible: bool = False,
     ) -> None:
         self.name = name
         self.module = module
         self.weights_digest = weights_digest
         self.version = WeightsVersion()
+        # What these do to the last bits depends on what a batch was before.
+        self._growing = not reproducible
+        if not reproducible:
+            attention.install(module)
+            activations.fuse(module)
         self.device: torch.device = module.device
         self.dtype: torch.dtype = module.dtype
         accepted = inspect.signature(module.forward).parameters
@@ -47,7 +62,7 @@ class ServedModel:
 
     def new_cache(self) -> Cache:
         """An empty cache of the shape that the model's layers want."""
-        return DynamicCache(config=self.module.config)
+        return caches.new_cache(self.module.config, growing=self._growing)
 
     def logits(self, token_ids: Tensor, mask: Tensor, *, keep: int, cache: Cache | None = None) -> Tensor:
         """Run token_ids [rows, new] and return the logits of the last `keep` of them: [rows, keep, vocab].

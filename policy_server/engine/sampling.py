@@ -7,7 +7,7 @@ completion is the same in any batch, and one that was cut can go on where it sto
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ SMALLEST_TEMPERATURE = 1e-30
 _LARGEST_PENALISED = 1e8  # finite also after division by the smallest temperature
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,19 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
     raw = logits.float()
     scores = process(raw, draws)
     token_ids, valid = _choose(scores, draws)
+    chosen = token_ids.unsqueeze(-1)
+    raw_logprobs: list[float] = []
+    processed_logprobs: list[float] = []
+    if any(each.raw_logprob for each in draws):
+        raw_logprobs = _logprobs(raw, chosen)
+    if any(each.processed_logprob and not each.greedy for each in draws):
+        processed_logprobs = raw_logprobs if scores is raw and raw_logprobs else _logprobs(scores, chosen)
     return Drawn(
         token_ids=token_ids.tolist(),
-        raw_logprobs=_logprobs_of(raw, token_ids, [each.raw_logprob for each in draws]),
+        raw_logprobs=[raw_logprobs[row] if each.raw_logprob else None for row, each in enumerate(draws)],
         processed_logprobs=[
-            0.0 if each.greedy and each.processed_logprob else logprob
-            for each, logprob in zip(
-                draws,
-                _logprobs_of(scores, token_ids, [each.processed_logprob and not each.greedy for each in draws]),
-                strict=True,
-            )
+            None if not each.processed_logprob else 0.0 if each.greedy else processed_logprobs[row]
+            for row, each in enumerate(draws)
         ],
         valid=valid.tolist(),
     )
@@ -131,16 +135,36 @@ def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -
 def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The first token whose cumulative probability exceeds `uniform`: (token ids int64 [rows], valid bool [rows]).
 
-    scores: [rows, vocab] float32, -inf = impossible; uniform: [rows] float64 in [0, 1]. The sum runs in float64, and
-    its target stays below the total, so that a token of probability 0 is never chosen.
+    scores: [rows, vocab] float32, -inf = impossible; uniform: [rows] float64 in [0, 1]. Sums run in float64, first over
+    blocks of tokens and then within the one that is met, which reads a large vocabulary once. The target stays below
+    the total, and a token of probability 0 is never chosen.
     """
-    cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    probabilities = torch.softmax(scores, dim=-1)
+    vocab = scores.shape[-1]
+    blocks = [block.sum(dim=-1, dtype=torch.float64) for block in _blocks(probabilities)]
+    cumulative = torch.cat(blocks, dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1]
     valid = torch.isfinite(total) & (total > 0)
     below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform * total, below)
-    chosen = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
-    return chosen.clamp(max=scores.shape[-1] - 1), valid
+    target = torch.minimum(uniform * total, below).unsqueeze(-1)
+    block = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    tokens = block * _BLOCK + torch.arange(_BLOCK, device=scores.device)
+    within = probabilities.gather(-1, tokens.clamp(max=vocab - 1)).masked_fill(tokens >= vocab, 0.0).double()
+    place = torch.searchsorted(within.cumsum(dim=-1), target - before, right=True)
+    # A block's sum and its tokens' may differ in the last bits: then it is the last token that can be.
+    last = torch.where(within > 0, torch.arange(_BLOCK, device=scores.device), 0).amax(dim=-1, keepdim=True)
+    return (block * _BLOCK + torch.minimum(place, last)).squeeze(-1).clamp(max=vocab - 1), valid
+
+
+def _blocks(probabilities: Tensor) -> Iterator[Tensor]:
+    """[rows, blocks, _BLOCK] of all whole blocks, then [rows, 1, rest]."""
+    rows, vocab = len(probabilities), probabilities.shape[-1]
+    whole = vocab // _BLOCK * _BLOCK
+    if whole:
+        yield probabilities[:, :whole].view(rows, -1, _BLOCK)
+    if whole < vocab:
+        yield probabilities[:, whole:].unsqueeze(1)
 
 
 def _choose(scores: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
@@ -155,15 +179,10 @@ def _choose(scores: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     return torch.where(greedy, scores.argmax(dim=-1), token_ids), valid
 
 
-def _logprobs_of(scores: Tensor, token_ids: Tensor, wanted: Sequence[bool]) -> list[float | None]:
-    result: list[float | None] = [None] * len(wanted)
-    rows = [row for row, want in enumerate(wanted) if want]
-    if rows:
-        index = torch.tensor(rows, device=scores.device)
-        logprobs = torch.log_softmax(scores[index], dim=-1).gather(-1, token_ids[index].unsqueeze(-1)).squeeze(-1)
-        for row, logprob in zip(rows, logprobs.tolist(), strict=True):
-            result[row] = logprob
-    return result
+def _logprobs(scores: Tensor, chosen: Tensor) -> list[float]:
+    """Of the token `chosen` [rows, 1] in each row of scores [rows, vocab]."""
+    logprobs: list[float] = (scores.gather(-1, chosen) - torch.logsumexp(scores, dim=-1, keepdim=True))[:, 0].tolist()
+    return logprobs
 
 
 def _where(scores: Tensor, wanted: Sequence[bool], apply: Callable[[Tensor, list[int]], Tensor]) -> Tensor:

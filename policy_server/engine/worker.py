@@ -21,6 +21,7 @@ from policy_server.engine.decoding import Cohort, prefill, prefill_tokens
 from policy_server.engine.detokenize import TokenDecoder
 from policy_server.engine.generation import Generation, Row
 from policy_server.engine.jobs import ScoringJob, SwapJob
+from policy_server.engine.linears import PackedLinears
 from policy_server.engine.mailbox import Mailbox, Outbox
 from policy_server.engine.model import ServedModel
 from policy_server.engine.observer import EngineObserver, Phase
@@ -43,6 +44,7 @@ class EngineWorker:
         *,
         policy: ServedModel,
         parameters: ParameterTable,
+        linears: PackedLinears | None,
         scorers: Mapping[str, Scorer],
         decoder: TokenDecoder,
         budget: Budget,
@@ -54,6 +56,7 @@ class EngineWorker:
     ) -> None:
         self._policy = policy
         self._parameters = parameters
+        self._linears = linears
         self._scorers = scorers
         self._decoder = decoder
         self._budget = budget
@@ -112,6 +115,10 @@ class EngineWorker:
         """Take in new weights; swaps happen in the order in which they came."""
         self._swaps.append(job)
 
+    def swap_packed(self, job: SwapJob, packed: Mapping[int, Tensor]) -> None:
+        """The copies that a swap waited for are made."""
+        job.packed = packed
+
     def stop(self, finish_within: float) -> None:
         """Leave when nothing is left to do, or after `finish_within` seconds."""
         self._stop_at = time.monotonic() + finish_within
@@ -136,7 +143,9 @@ class EngineWorker:
         return self._stop_at is not None and (not self._busy() or time.monotonic() >= self._stop_at)
 
     def _busy(self) -> bool:
-        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or self._swaps)
+        # A swap whose copies are not made yet comes back by mail.
+        swaps = bool(self._swaps) and (self._swaps[0].cancelled or self._swaps[0].packed is not None)
+        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or swaps)
 
     def _round(self) -> None:
         for task in self._mailbox.take(wait=not self._busy() and self._stop_at is None):
@@ -290,7 +299,7 @@ class EngineWorker:
     def _swap_if_due(self) -> None:
         while self._swaps:
             job = self._swaps[0]
-            if not job.cancelled and job.in_flight is InFlight.WAIT and self._policy_runs():
+            if not job.cancelled and (job.packed is None or (job.in_flight is InFlight.WAIT and self._policy_runs())):
                 return
             self._swaps.popleft()
             if not job.cancelled:
@@ -304,6 +313,8 @@ class EngineWorker:
         try:
             check_swap(job.version, self._policy.version, job.if_current)
             self._parameters.load(job.tensors)
+            if self._linears is not None:
+                self._linears.exchange(job.packed or {})
         except Exception as error:
             if not isinstance(error, RpcFailure):
                 _log.exception("Weights could not be copied")

@@ -149,6 +149,23 @@ def test_the_ends_of_the_unit_interval_choose_the_first_and_the_last_possible_to
     assert inverse_cdf(scores.expand(2, -1), ends)[0].tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("vocab", [1, 255, 256, 257, 700, 1024])
+@pytest.mark.parametrize("possible", [1.0, 0.02])
+def test_summing_by_blocks_chooses_what_one_sum_chooses(vocab: int, possible: float) -> None:
+    random = torch.Generator().manual_seed(vocab)
+    scores = torch.randn(400, vocab, generator=random) * 3
+    scores.masked_fill_(torch.rand(400, vocab, generator=random) > possible, -math.inf)
+    scores[:, vocab // 2] = 0.0
+    uniform = torch.rand(400, generator=random, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, ALMOST_ONE])
+    token, valid = inverse_cdf(scores, uniform)
+    cumulative = torch.softmax(scores, -1).double().cumsum(-1)
+    target = torch.minimum(uniform * cumulative[:, -1], torch.nextafter(cumulative[:, -1], torch.zeros(1).double()))
+    expected = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    assert valid.all()
+    assert token.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("row", [Sampling(), Sampling(temperature=0.6, top_k=5), Sampling(top_p=0.8)])
 def test_frequencies_are_the_processed_probabilities(row: Sampling) -> None:
     logits = torch.randn(8, generator=torch.Generator().manual_seed(1)) * 1.5
