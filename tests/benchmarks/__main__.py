@@ -23,16 +23,23 @@ BENCHMARKS: Mapping[str, Callable[[Path, StartProcess, int], Awaitable[Any]]] = 
 }
 
 
+_SMALL = {"layers": 6, "width": 256}
+_LARGE = {"layers": 12, "width": 768, "heads": 12, "vocab": 50257}
+
+
 def main() -> None:
-    """Make a model of 4.7 M parameters, then measure on all cores."""
+    """Make a model of 4.7 M parameters, or of GPT-2's 124 M, then measure on all cores."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which ones; none = all")
-    names = parser.parse_args().names or list(BENCHMARKS)
+    parser.add_argument("--large", action="store_true", help="with a model of GPT-2's size")
+    arguments = parser.parse_args()
+    names = arguments.names or list(BENCHMARKS)
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_tiny_gpt2(Path(scratch) / "model", layers=6, width=256, context=256)
+        sizes = _LARGE if arguments.large else _SMALL
+        folder = make_tiny_gpt2(Path(scratch) / "model", context=256, **sizes)
         for name in names:
             with process_factory(Path(scratch) / name) as start:
                 asyncio.run(BENCHMARKS[name](folder, start, threads)).show()

@@ -1,12 +1,13 @@
-"""Tokens per second of a rollout: the policy server over gRPC against transformers' own static batch."""
+"""Tokens per second of a rollout: the policy server over gRPC against transformers' static and continuous batches."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from tests.benchmarks.measuring import Measurement, interleaved
 from tests.support.processes import StartProcess
@@ -56,11 +57,44 @@ async def measure(folder: Path, start: StartProcess, threads: int) -> Measuremen
     async def static() -> float:
         return await asyncio.to_thread(generate)
 
+    batched = _continuous(folder, prompts.tolist(), lengths)
+
+    async def continuous() -> float:
+        return await asyncio.to_thread(batched)
+
     try:
         return await interleaved(
             f"rollout: {PROMPTS} prompts x {PROMPT_TOKENS} tokens, {SHORTEST}..{LONGEST} new tokens, fp32",
             "tokens/s",
-            {"transformers generate, static batch": static, "policy server over gRPC": served},
+            {
+                "transformers, continuous batching": continuous,
+                "transformers generate, static batch": static,
+                "policy server over gRPC": served,
+            },
         )
     finally:
         await client.close()
+
+
+def _continuous(folder: Path, prompts: Sequence[list[int]], lengths: Sequence[int]) -> Callable[[], float]:
+    """The same work by transformers' continuous batching. Its thread ends with each call: an idle one takes a core."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def rollout() -> float:
+        made = 0
+        with model.continuous_batching_context_manager(
+            generation_config=GenerationConfig(do_sample=True, top_k=0, max_new_tokens=LONGEST, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False),
+            persistent_manager=True,
+        ) as manager:
+            for prompt, length in zip(prompts, lengths, strict=True):
+                manager.add_request(prompt, max_new_tokens=length)
+            for _ in prompts:
+                result = manager.get_result(timeout=600)
+                assert result is not None
+                assert result.error is None
+                made += len(result.generated_tokens)
+        assert made == sum(lengths)
+        return float(made)
+
+    return rollout

@@ -29,20 +29,29 @@ def make_byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrai
 
 
 def make_tiny_gpt2(
-    folder: Path, *, seed: int = 0, layers: int = 2, width: int = 32, context: int = 128, tie: bool = True
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 32,
+    heads: int = 4,
+    context: int = 128,
+    tie: bool = True,
+    vocab: int | None = None,
 ) -> Path:
     """Write a GPT-2 with random fp32 weights and its byte tokenizer to `folder`; returns `folder`.
 
-    Weights are drawn wider than GPT-2's default so that distributions are far from uniform.
+    Weights are drawn wider than GPT-2's default so that distributions are far from uniform. vocab: more tokens than the
+    tokenizer has.
     """
     tokenizer = make_byte_tokenizer()
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab or len(tokenizer),
         n_positions=context,
         n_embd=width,
         n_layer=layers,
-        n_head=4,
+        n_head=heads,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.2,
