@@ -6,6 +6,7 @@ in front of another one, and `go` (or another language) is the example server in
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from demo.data import Split
+from rlhf import __version__
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "reward_server" / "examples"
 PROGRAMS = {"go": ("bin/reward",)}
@@ -91,9 +93,11 @@ def _rating_model(cache: Path, split: Split, console: Console) -> dict[str, Any]
     """Options of the model kind for a model of the human ratings, trained the first time."""
     # Importing torch takes seconds that the other rewards need not spend.
     from reward_server.train_model.ratings import Rated
-    from reward_server.train_model.training import REPORT_FILE, Report, train_reward_model
+    from reward_server.train_model.training import FROM_SCRATCH, REPORT_FILE, Recipe, Report, train_reward_model
 
-    folder = cache / "rating-model"
+    recipe = Recipe()
+    made_by = hashlib.sha256(f"{__version__} {recipe} {FROM_SCRATCH}".encode()).hexdigest()[:12]
+    folder = cache / f"rating-model-{made_by}"
     if (folder / REPORT_FILE).is_file():
         report = Report(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
     else:
@@ -101,6 +105,6 @@ def _rating_model(cache: Path, split: Split, console: Console) -> dict[str, Any]
         train, held_out = (
             [Rated(review.text, review.rating) for review in part] for part in (split.train, split.held_out)
         )
-        report = train_reward_model(train, held_out, folder)
+        report = train_reward_model(train, held_out, folder, recipe)
     console.print(f"Reward model: correlation with {report.held_out} held-out human ratings {report.pearson:.2f}")
     return report.unit_options(folder)

@@ -97,7 +97,7 @@ class HumanReward(RewardKind):
     async def _observe(self) -> None:
         while True:
             with contextlib.suppress(StoreUnavailable):
-                queue = await self._store.overview()
+                queue = await self._store.queue()
                 metrics.HUMAN_TICKETS.labels("waiting").set(queue.waiting)
                 metrics.HUMAN_TICKETS.labels("leased").set(queue.leased)
                 metrics.HUMAN_OLDEST_SECONDS.set(queue.oldest_age_seconds or 0.0)

@@ -21,7 +21,7 @@ from reward_server.human import raters, reports
 from reward_server.human.database import Database, StoreUnavailable
 from reward_server.human.rules import Rules
 from reward_server.human.tables import AnyRow, judgements, leases, settings, stored, tickets
-from reward_server.human.tickets import ExportRow, Overview, Pace, Rated, Rater, Ticket, TicketState
+from reward_server.human.tickets import ExportRow, Overview, Pace, Queue, Rated, Rater, Ticket, TicketState
 from reward_server.kinds import Sample
 from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, Scored
 
@@ -33,7 +33,7 @@ _EXPORTED_AT_ONCE = 500
 
 
 class Store:
-    """Tickets, leases and judgements of one version of the rules. Every method is one transaction.
+    """Tickets, leases and judgements of one version of the rules. What a method changes is one transaction.
 
     A rater holds at most one lease: two tabs show the same ticket. A lease that ran out stays good until somebody else
     takes the ticket. Every method may raise StoreUnavailable.
@@ -154,12 +154,24 @@ class Store:
 
     # For administrators
 
-    async def overview(self) -> Overview:
-        """The state of the queue, and who works at it."""
+    async def queue(self) -> Queue:
+        """What is to be rated."""
         async with self._database.write() as connection:
             now = self._now()
             await self._expire(connection, now)
-            return await reports.overview(connection, self._version, now)
+            return await reports.queue(connection, self._version, now)
+
+    async def overview(self) -> Overview:
+        """The state of the queue, and who works at it."""
+        queue = await self.queue()
+        # The rest is counted over all that was ever rated: raters and trainers need not wait for it.
+        async with self._database.read() as connection:
+            return Overview(
+                queue=queue,
+                done=await reports.done(connection, self._version),
+                raters=list((await reports.paces(connection, self._version, self._now())).values()),
+                agreement=await reports.agreement(connection, self._version),
+            )
 
     async def export(self) -> AsyncIterator[ExportRow]:
         """Every rating and skip of every version of the rules, oldest first.

@@ -74,17 +74,23 @@ class RaterPace:
 
 
 @dataclass(frozen=True)
-class Overview:
-    """The state of the queue. Open tickets are `waiting`, or `leased` by somebody just now; the others are `done`.
-
-    oldest_age_seconds: of the oldest open ticket, None without one. agreement: Krippendorff's alpha, None while fewer
-    than two people have rated the same ticket or all ratings are equal.
-    """
+class Queue:
+    """The open tickets: `waiting`, or `leased` by somebody just now. oldest_age_seconds: None when there is none."""
 
     waiting: int
     leased: int
-    done: int
     oldest_age_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The queue, the number of tickets that are `done`, and who works at it.
+
+    agreement: Krippendorff's alpha, None while no two people have rated the same ticket or all ratings are equal.
+    """
+
+    queue: Queue
+    done: int
     raters: Sequence[RaterPace]
     agreement: float | None
 

@@ -88,7 +88,7 @@ class ModelReward(RewardKind):
         )
         tokenizer = self._classifier.tokenizer
         self._label = _label(options, self._classifier.labels)
-        self._max_tokens = _max_tokens(options, self._classifier.max_tokens)
+        self._max_tokens = _max_tokens(options, self._classifier.max_tokens, self._frame())
         if options.text == "chat" and not tokenizer.chat_template:
             raise RewardLoadError(f"text=chat needs a chat template, and the tokenizer of {options.model} has none")
         if options.truncate != "fail":
@@ -101,6 +101,12 @@ class ModelReward(RewardKind):
             device=str(self._classifier.model.device),
             max_tokens=self._max_tokens,
         )
+
+    def _frame(self) -> int:
+        """How many tokens the tokenizer puts around a text."""
+        if self._options.text == "chat":
+            return 0
+        return self._classifier.tokenizer.num_special_tokens_to_add(pair=self._options.text == "pair")
 
     def _digest(self) -> str:
         # How the numbers are computed is left out, and so is where the files lie: the classifier tells what is in them.
@@ -221,12 +227,17 @@ def _label(options: ModelOptions, labels: dict[int, str]) -> int:
     raise RewardLoadError(f"{options.model} {wanted}; label is one of {known}")
 
 
-def _max_tokens(options: ModelOptions, readable: int | None) -> int:
-    if options.max_tokens is None:
-        return min(options.batch_tokens, readable or options.batch_tokens)
-    if readable is not None and options.max_tokens > readable:
-        raise RewardLoadError(f"max_tokens is {options.max_tokens}, and {options.model} reads {readable} at most")
-    return options.max_tokens
+def _max_tokens(options: ModelOptions, readable: int | None, frame: int) -> int:
+    """The longest text, with the `frame` tokens around it. Raises RewardLoadError where the model cannot read that."""
+    max_tokens = options.max_tokens or min(options.batch_tokens, readable or options.batch_tokens)
+    if readable is not None and max_tokens > readable:
+        raise RewardLoadError(f"max_tokens is {max_tokens}, and {options.model} reads {readable} at most")
+    if max_tokens <= frame:
+        raise RewardLoadError(
+            f"the tokenizer of {options.model} needs {frame} tokens for its own marks, which leaves nothing of a text "
+            f"that is cut to {max_tokens}: raise max_tokens or batch_tokens"
+        )
+    return max_tokens
 
 
 def _name(model: str) -> str:

@@ -48,7 +48,7 @@ def read_ratings(path: Path, *, text: str = "text", rating: str = "rating") -> l
                 without += 1
             else:
                 rated.append(Rated(_text(row[text], path, number), _rating(row[rating], path, number)))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TrainingDataError(f"{path} cannot be read: {error}") from error
     if without:
         _log.warning("rows without a text or a rating are left out", rows=without)

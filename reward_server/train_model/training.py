@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -165,6 +164,17 @@ def _require(train: Sequence[Rated], held_out: Sequence[Rated], output: Path) ->
         raise TrainingDataError(f"every rating is {train[0].rating:g}: there is nothing to learn")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise TrainingDataError(f"{output} is there already and not an empty folder")
+    try:
+        # Now rather than after the training.
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _folder_beside(output).cleanup()
+    except OSError as error:
+        raise TrainingDataError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def _folder_beside(output: Path) -> tempfile.TemporaryDirectory[str]:
+    """On the same file system, so that what is made in it can become `output` at once."""
+    return tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-")
 
 
 @contextlib.contextmanager
@@ -306,12 +316,11 @@ def _predict(classifier: Classifier, rows: Sequence[Row]) -> Any:
 
 def _save(classifier: Classifier, report: Report, output: Path) -> None:
     """Complete or absent: a training that was stopped while saving leaves no half of a model."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+    with _folder_beside(output) as folder:
         made = Path(folder) / "model"
         classifier.model.save_pretrained(made)
         classifier.tokenizer.save_pretrained(made)
         (made / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n", encoding="utf-8")
         if output.exists():
-            shutil.rmtree(output)
+            output.rmdir()
         made.rename(output)

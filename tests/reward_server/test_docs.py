@@ -8,7 +8,6 @@ from prometheus_client import REGISTRY
 
 import reward_server.metrics  # noqa: F401 - declares the metrics
 from reward_server.builtins import BUILTINS
-from reward_server.composite import Component, CompositeOptions
 from reward_server.results import FailureCode
 from reward_server.settings import RewardSettings
 from tests.support.processes import ROOT
@@ -41,8 +40,3 @@ def test_its_first_function_can_be_served() -> None:
     short = namespace["short"]
     assert callable(short)
     assert short(prompts=["a"], completions=["b" * 50]) == [-0.5]
-
-
-def test_every_option_of_a_composite_is_on_its_page() -> None:
-    page = (ROOT / "docs" / "rewards" / "composite.md").read_text()
-    assert not [name for name in (*Component.model_fields, *CompositeOptions.model_fields) if f"`{name}`" not in page]

@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
 import pytest
 
 from reward_server.human.agreement import krippendorff_alpha
+
+
+def coincidences(*units: Sequence[float]) -> Counter[tuple[float, float]]:
+    """Of the ratings of several samples."""
+    pairs: Counter[tuple[float, float]] = Counter()
+    for unit in units:
+        for pair in itertools.permutations(unit, 2):
+            pairs[pair] += 1 / (len(unit) - 1)  # type: ignore[assignment]
+    return pairs
 
 
 def test_it_is_what_krippendorff_publishes() -> None:
@@ -16,26 +29,22 @@ def test_it_is_what_krippendorff_publishes() -> None:
     ]
     columns = zip(*(row.split() for row in observers), strict=True)
     units = [[float(value) for value in column if value != "."] for column in columns]
-    assert krippendorff_alpha(units) == pytest.approx(0.849, abs=5e-4)
+    assert krippendorff_alpha(coincidences(*units)) == pytest.approx(0.849, abs=5e-4)
 
 
 def test_it_is_what_a_hand_works_out() -> None:
     # Pairs within units: (1, 2), (4, 4). D_o = (2 * 1 / 1 + 0) / 4 = 1/2.
     # All ordered pairs of 1 2 4 4: 2 * (1 + 9 + 9 + 4 + 4 + 0) = 54. D_e = 54 / (4 * 3) = 9/2.
-    assert krippendorff_alpha([[1, 2], [4, 4]]) == pytest.approx(1 - (1 / 2) / (9 / 2))
+    assert krippendorff_alpha(coincidences([1, 2], [4, 4])) == pytest.approx(1 - (1 / 2) / (9 / 2))
 
 
 def test_full_agreement_is_one_and_systematic_disagreement_is_below_zero() -> None:
-    assert krippendorff_alpha([[1, 1], [2, 2]]) == 1.0
-    below = krippendorff_alpha([[1, 2], [2, 1]])
+    assert krippendorff_alpha(coincidences([1, 1], [2, 2])) == 1.0
+    below = krippendorff_alpha(coincidences([1, 2], [2, 1]))
     assert below is not None
     assert below < 0
 
 
-def test_a_unit_with_one_rating_counts_nowhere() -> None:
-    assert krippendorff_alpha([[1, 2], [4, 4], [1]]) == krippendorff_alpha([[1, 2], [4, 4]])
-
-
-@pytest.mark.parametrize("units", [[], [[1]], [[3, 3], [3, 3]]])
+@pytest.mark.parametrize("units", [[], [[3, 3], [3, 3]], [[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]]])
 def test_where_it_is_undefined_there_is_none(units: list[list[float]]) -> None:
-    assert krippendorff_alpha(units) is None
+    assert krippendorff_alpha(coincidences(*units)) is None

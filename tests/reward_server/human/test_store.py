@@ -58,13 +58,13 @@ async def test_other_content_under_the_same_id_is_a_clash_and_delivers_nothing(o
 async def test_the_same_id_in_two_runs_names_two_samples(open_store: OpenStore) -> None:
     store = await open_store()
     await store.outcomes([make_sample("a", run_id="one"), make_sample("a", "London.", run_id="two")])
-    assert (await store.overview()).waiting == 2
+    assert (await store.queue()).waiting == 2
 
 
 async def test_a_sample_twice_in_one_call_is_one_ticket(open_store: OpenStore) -> None:
     store = await open_store()
     assert await ask(store, "a", "a") == [Pending(5.0)] * 2
-    assert (await store.overview()).waiting == 1
+    assert (await store.queue()).waiting == 1
 
 
 async def test_two_raters_never_hold_the_same_ticket(open_store: OpenStore) -> None:
@@ -320,6 +320,8 @@ async def test_other_rules_have_tickets_of_their_own(open_store: OpenStore) -> N
     fresh = await take(new, bob)
     assert fresh.id != ticket.id
     await new.rate(bob, fresh.id, 1)
+    assert [(await new.pace(rater)).rated_total for rater in (ada, bob)] == [0, 1]
+    assert [(each.name, each.pace.rated_total) for each in (await old.overview()).raters] == [("Ada", 1), ("Bob", 0)]
     assert [row.value async for row in new.export()] == [5.0, 1.0]
 
 
@@ -387,7 +389,7 @@ async def test_the_overview_counts_tickets_people_and_agreement(open_store: Open
     store = await open_store(ratings_per_sample=2, lease_seconds=60)
     ada, bob = await rater_of(store, "Ada"), await rater_of(store, "Bob")
     await rater_of(store, "Carl")
-    assert (await store.overview()).oldest_age_seconds is None
+    assert (await store.queue()).oldest_age_seconds is None
     await ask(store, "a", "b", "c", "d", "e")
     for ratings in ((1, 1), (5, 5), (1, 2)):
         for rater, value in zip((ada, bob), ratings, strict=True):
@@ -396,8 +398,8 @@ async def test_the_overview_counts_tickets_people_and_agreement(open_store: Open
     await store.skip(ada, (await take(store, ada)).id)
     await take(store, bob)
     overview = await store.overview()
-    assert (overview.waiting, overview.leased, overview.done) == (0, 1, 4)
-    assert overview.oldest_age_seconds == 30 * 60
+    assert (overview.queue.waiting, overview.queue.leased, overview.done) == (0, 1, 4)
+    assert overview.queue.oldest_age_seconds == 30 * 60
     assert [(each.name, each.pace.rated_total, each.skipped) for each in overview.raters] == [
         ("Ada", 3, 1),
         ("Bob", 3, 0),

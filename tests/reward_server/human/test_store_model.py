@@ -15,12 +15,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from reward_server.human.agreement import krippendorff_alpha
 from reward_server.human.rules import OnExpiry, Rules
 from reward_server.human.store import Store
 from reward_server.human.tickets import Rated, Rater
 from reward_server.kinds import Sample
 from reward_server.results import Failed, Outcome, Pending
 from tests.reward_server.human.conftest import Clock, make_sample
+from tests.reward_server.human.test_agreement import coincidences
 
 T = TypeVar("T")
 
@@ -244,13 +246,16 @@ class StoreMachine(RuleBasedStateMachine):
         tickets = self.model.tickets.values()
         opened = [ticket for ticket in tickets if ticket.outcome is None]
         leased = [ticket for ticket in opened if any(until > self.clock() for until in ticket.leases.values())]
-        assert overview.leased == len(leased)
-        assert overview.waiting == len(opened) - len(leased)
+        assert overview.queue.leased == len(leased)
+        assert overview.queue.waiting == len(opened) - len(leased)
         assert overview.done == len(tickets) - len(opened)
         by_rater = {
             who: sum(ticket.judged.get(who) is not None for ticket in tickets if who in ticket.judged) for who in RATERS
         }
         assert {each.name: each.pace.rated_total for each in overview.raters} == by_rater
+        shared = [ticket.ratings() for ticket in tickets if len(ticket.ratings()) > 1]
+        agreement = krippendorff_alpha(coincidences(*shared))
+        assert overview.agreement == (None if agreement is None else pytest.approx(agreement))
 
     @invariant()
     def no_ticket_has_more_leases_and_ratings_than_it_wants(self) -> None:

@@ -228,6 +228,15 @@ async def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
     assert "revision is for models of the hub" in await refusal(folder, label=0, revision="main")
 
 
+async def test_a_limit_that_leaves_nothing_of_a_long_text_is_refused(tmp_path: Path) -> None:
+    folder = make_classifier(tmp_path, "bert")
+    assert "needs 2 tokens for its own marks" in await refusal(folder, max_tokens=2)
+    assert "needs 3 tokens for its own marks" in await refusal(folder, max_tokens=3, text="pair")
+    assert "a text that is cut to 1" in await refusal(folder, batch_tokens=1)
+    first, second = await rewards(await started(folder, max_tokens=3), ["aax", "aay"])
+    assert first != second
+
+
 async def test_softmax_over_one_label_is_refused_as_it_says_nothing(tmp_path: Path) -> None:
     assert "always 1" in await refusal(make_classifier(tmp_path), score="softmax")
 

@@ -17,6 +17,9 @@ from tests.reward_server.conftest import request, sample
 from tests.reward_server.train_model.test_training import RATED
 from tests.support.processes import ROOT, StartProcess
 
+PAGE = (ROOT / "docs" / "rewards" / "model.md").read_text()
+AGREEMENT = r"On (\d+) held-out texts: Pearson (\S+), Spearman (\S+), RMSE"
+
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
@@ -39,7 +42,7 @@ def test_it_trains_reports_and_says_how_to_serve(table: Path, tmp_path: Path, st
         timeout=240,
     )
     assert made.returncode == 0, made.stderr
-    told = re.search(r"On (\d+) held-out texts: Pearson (\S+), Spearman (\S+), RMSE", made.stdout)
+    told = re.search(AGREEMENT, made.stdout)
     assert told is not None
     assert float(told[2]) > 0.8
     in_units, from_minus_1 = re.findall(r"python -m (reward_server .*)", made.stdout)
@@ -69,3 +72,22 @@ def test_flags_that_make_no_sense_are_refused(
         main(command(table, tmp_path / "model", *flags))
     assert ended.value.code == 2
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_tells_how_well_it_agrees_with_people_on_film_reviews(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"<<'END'\n(.*?)\nEND\n", PAGE, re.DOTALL)
+    exec(script, {})
+    (command,) = re.findall(r"^\$ python -m reward_server.train_model (.*)$", PAGE, re.MULTILINE)
+    assert main(shlex.split(command)) == 0
+    printed, told = (re.search(AGREEMENT, text) for text in (capsys.readouterr().out, PAGE))
+    assert printed is not None
+    assert told is not None
+    assert printed[1] == told[1]
+    # Another processor rounds otherwise, and a training goes its own way from there.
+    assert [float(printed[2]), float(printed[3])] == pytest.approx([float(told[2]), float(told[3])], abs=0.03)
