@@ -211,7 +211,8 @@ async def test_a_rating_that_did_not_arrive_can_be_given_again(site: ServedSite,
     await expect(guest.page.get_by_role("alert")).to_contain_text("cannot be reached")
     await guest.page.unroute("**/rating")
     await guest.page.route("**/rating", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
-    await guest.page.keyboard.press("4")
+    async with guest.page.expect_response("**/rating"):
+        await guest.page.keyboard.press("4")
     await expect(guest.page.get_by_role("alert")).to_contain_text("cannot be reached")
     assert await guest.completion() == "completion a"
     await guest.page.unroute("**/rating")
