@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in (options.junit, options.json):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ValueError(f"there is no folder for {file}")
+            if file is not None and file.is_dir():
+                raise ValueError(f"{file} is a folder")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return asyncio.run(_judge(options, target, cases, Material(contents, dict(options.metadata), options.seed), known))
@@ -158,19 +160,11 @@ def _target(options: argparse.Namespace) -> Target:
 def _flags_again(options: argparse.Namespace) -> list[str]:
     """The flags that a run needs to meet the same server with the same samples; the token is not among them."""
     flags = []
-    for name in (
-        "reward",
-        "samples",
-        "seed",
-        "timeout",
-        "patience",
-        "tls_ca",
-        "tls_cert",
-        "tls_key",
-        "tls_server_name",
-    ):
+    parser = _make_parser()
+    material = ("reward", "samples", "seed", "timeout", "patience")
+    for name in (*material, "tls_ca", "tls_cert", "tls_key", "tls_server_name"):
         value = getattr(options, name)
-        if value != _make_parser().get_default(name):
+        if value != parser.get_default(name):
             flags += [f"--{name.replace('_', '-')}", str(value)]
     for key, value in options.metadata:
         flags += ["--metadata", f"{key}={value}"]
@@ -185,9 +179,12 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, and below a day")
     return seconds
 
 

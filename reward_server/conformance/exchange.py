@@ -32,7 +32,8 @@ class Mistake:
 class Exchange:
     """A request and what came back: a response, or a status that is not OK.
 
-    in_groups: whether the server declares SCOPE_GROUP. mistake: set when the request is wrong on purpose.
+    case_id: the case that sent it. in_groups: whether the server declares SCOPE_GROUP. mistake: set when the request
+    is wrong on purpose.
     watched: False when what is wrong with the answer is for the case that sent the request alone to say.
     """
 
@@ -41,6 +42,7 @@ class Exchange:
     response: Message | None
     status: Status | None
     seconds: float
+    case_id: str = ""
     in_groups: bool = False
     headers: Headers = ()
     mistake: Mistake | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,15 +55,31 @@ class Material:
             {key for content in pool for key, value in content.metadata.items() if not isinstance(value, str)}
         )
 
+    def turn_to(self, name: str) -> None:
+        """Draw on from the place of this name, so that it gets the same contents whatever was drawn before."""
+        self._drawn = zlib.crc32(name.encode())
+
     def draw(self, count: int) -> list[Content]:
         """The next `count` contents."""
         first, self._drawn = self._drawn, self._drawn + count
-        return [self._pool[index % len(self._pool)] for index in range(first, first + count)]
+        return self._from(first, count)
+
+    def first(self, count: int) -> list[Content]:
+        """The first `count` contents, which are not drawn thereby."""
+        return self._from(0, count)
 
     def columns(self, content: Content, required: Sequence[str]) -> dict[str, str]:
         """The metadata of a content as it is sent, with every column that is required."""
         own = {key: json.dumps(value) if key in self.json_keys else value for key, value in content.metadata.items()}
         return dict.fromkeys(required, _MADE_UP_VALUE) | self._metadata | own
+
+    def _from(self, index: int, count: int) -> list[Content]:
+        return [self._pool[each % len(self._pool)] for each in range(index, index + count)]
+
+
+def token_ids(completion: str) -> list[int]:
+    """Ids that a byte tokenizer would give, and one more for EOS: small, so that any vocabulary has them."""
+    return [*completion.encode(), 0]
 
 
 def read_samples(path: Path) -> list[Content]:

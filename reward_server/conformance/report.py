@@ -11,8 +11,9 @@ from google.protobuf import json_format
 
 from reward_server.conformance.exchange import Exchange
 from reward_server.conformance.runner import Outcome, Result, Verdict
-from reward_server.conformance.session import SERVICE, Session
+from reward_server.conformance.session import Session
 from reward_server.conformance.target import Target
+from reward_server.conformance.wire import SERVICE
 from rlhf.reward.v1 import reward_pb2
 
 _COLOURS = {Verdict.PASSED: 32, Verdict.FAILED: 31, Verdict.NOT_APPLICABLE: 2, Verdict.KNOWN_FAILURE: 33}
@@ -80,7 +81,9 @@ class Report:
             if data is not None:
                 return self._grpcurl(result.exchange, data)
         command = ["python", "-m", "reward_server.conformance", self.target.address, *self.flags]
-        return shlex.join([*command, "--run", result.case.id]) + self._token_flag()
+        # A watching case may have seen it in what another one sent.
+        ids = dict.fromkeys([result.case.id, *([result.exchange.case_id] if result.exchange else [])])
+        return shlex.join([*command, *(word for each in ids for word in ("--run", each))]) + self._token_flag()
 
     def _grpcurl(self, exchange: Exchange, data: str) -> str:
         words = [

@@ -75,6 +75,7 @@ async def run(
     seconds: dict[str, float] = {}
     for each in cases:
         on_case(each)
+        session.turn_to(each.id)
         began = time.monotonic()
         raised[each.id] = await _probe(each, session)
         seconds[each.id] = time.monotonic() - began

@@ -13,17 +13,16 @@ import grpc
 
 from reward_server.conformance.case import CASES, Broken, NotApplicable
 from reward_server.conformance.exchange import Exchange, Headers, Mistake
-from reward_server.conformance.material import Content, Material
-from reward_server.conformance.status import Status, read_status
+from reward_server.conformance.material import Content, Material, token_ids
+from reward_server.conformance.status import seconds_of
 from reward_server.conformance.target import Target
+from reward_server.conformance.wire import outcome_of, stub
 from rlhf.reward.v1 import reward_pb2
 
-SERVICE = "rlhf.reward.v1.RewardService"
-
 _SURVEY_SAMPLES = 8
-_UNIT_SAMPLES = 3
+_UNIT_SAMPLES = 4
 _DEFAULT_MAX_REQUEST_BYTES = 4 << 20
-_SHORTEST_WAIT_SECONDS = 0.01
+_SHORTEST_WAIT_SECONDS = 0.001
 _AGAIN_SECONDS = 0.2
 
 
@@ -67,6 +66,7 @@ class Session:
         self.exchanges: list[Exchange] = []
         self.unresolved: Exchange | None = None
         """The last answer of a wait for PENDING samples that was in vain."""
+        self._case_id = ""
         self._material = material
         self._for_pending = Patience(patience)
         self._for_overload = Patience(patience)
@@ -99,10 +99,20 @@ class Session:
             else:
                 return
 
+    def turn_to(self, case_id: str) -> None:
+        """What follows is done by this case."""
+        self._case_id = case_id
+        self._material.turn_to(case_id)
+
     @property
     def in_groups(self) -> bool:
         """Whether the reward compares the samples of a group."""
         return self.info.scope == reward_pb2.SCOPE_GROUP
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the server promises to remember final outcomes."""
+        return seconds_of(self.info.remembers) > 0
 
     @property
     def max_request_bytes(self) -> int:
@@ -181,9 +191,11 @@ class Session:
 
     async def abandon(self, request: reward_pb2.ScoreRequest, after: float) -> None:
         """Make a Score call and cancel it after so many seconds."""
-        call: Any = self._stub("Score")(request, timeout=self.timeout, metadata=self.headers)
-        await asyncio.wait([asyncio.ensure_future(_outcome(call))], timeout=after)
+        call: Any = stub(self.channel, "Score")(request, timeout=self.timeout, metadata=self.headers)
+        ended = asyncio.ensure_future(outcome_of(call))
+        await asyncio.wait([ended], timeout=after)
         call.cancel()
+        await ended
 
     async def settled(self, request: reward_pb2.ScoreRequest, **call: Any) -> Exchange:
         """The exchange in which the server neither was overloaded nor away; the last one when patience ends."""
@@ -224,14 +236,13 @@ class Session:
             pending = {}
             for sample, result in exchange.judgements():
                 if result.HasField("pending"):
-                    pending[sample.sample_id] = result.pending.retry_after
+                    pending[sample.sample_id] = seconds_of(result.pending.retry_after)
                 else:
                     final[sample.sample_id] = result
             if not pending:
                 return [final[sample.sample_id] for sample in samples]
             asked = [sample for sample in asked if sample.sample_id in pending]
-            retry_after = max(each.ToTimedelta().total_seconds() for each in pending.values())
-            if not await self._for_pending.wait(retry_after, since):
+            if not await self._for_pending.wait(max(pending.values()), since):
                 self.unresolved = exchange
                 raise Broken("samples stay PENDING", exchange, alone=False, explained_by=("pending/resolved",))
 
@@ -242,7 +253,8 @@ class Session:
         return await self._survey
 
     async def _send_survey(self) -> tuple[list[reward_pb2.Sample], list[reward_pb2.SampleResult]]:
-        samples = self.samples(min(_SURVEY_SAMPLES, self.info.max_samples or _SURVEY_SAMPLES))
+        count = min(_SURVEY_SAMPLES, self.info.max_samples or _SURVEY_SAMPLES)
+        samples = self.samples(count, self._material.first(count))
         if self.info.needs_token_ids:
             # The first token is the policy's own, the others a tool's.
             for sample in samples[::2]:
@@ -258,38 +270,15 @@ class Session:
         self, method: str, request: Any, within: float, headers: Headers, mistake: Mistake | None, watched: bool
     ) -> Exchange:
         began = time.monotonic()
-        response, status = await _outcome(
-            self._stub(method)(request, timeout=within, metadata=(*self.headers, *headers))
+        response, status = await outcome_of(
+            stub(self.channel, method)(request, timeout=within, metadata=(*self.headers, *headers))
         )
         seconds = time.monotonic() - began
-        exchange = Exchange(method, request, response, status, seconds, self.in_groups, headers, mistake, watched)
+        exchange = Exchange(
+            method, request, response, status, seconds, self._case_id, self.in_groups, headers, mistake, watched
+        )
         self.exchanges.append(exchange)
         return exchange
-
-    def _stub(self, method: str) -> Any:
-        response = reward_pb2.ScoreResponse if method == "Score" else reward_pb2.GetRewardInfoResponse
-        return self.channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=lambda request: request if isinstance(request, bytes) else request.SerializeToString(),
-            response_deserializer=response.FromString,
-        )
-
-
-def token_ids(completion: str) -> list[int]:
-    """Ids that a byte tokenizer would give, and one more for EOS: small, so that any vocabulary has them."""
-    return [*completion.encode(), 0]
-
-
-async def _outcome(call: Any) -> tuple[Any, Status | None]:
-    """The response, or the status in its place."""
-    try:
-        return await call, None
-    except grpc.aio.AioRpcError as error:
-        return None, read_status(error)
-    except asyncio.CancelledError:
-        if not call.cancelled():
-            raise
-        return None, Status(grpc.StatusCode.CANCELLED, "cancelled by the kit")
 
 
 def basics(exchange: Exchange) -> tuple[str, ...]:

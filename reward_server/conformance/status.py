@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
@@ -28,15 +29,23 @@ class Status:
     @property
     def passing(self) -> bool:
         """Whether a client may send the same call again."""
-        if self.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return self.retry_seconds is not None
-        return self.code is grpc.StatusCode.UNAVAILABLE
+        return self.code is grpc.StatusCode.UNAVAILABLE or self.overloaded
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether the server says that it has too much to do just now."""
+        return self.code is grpc.StatusCode.RESOURCE_EXHAUSTED and self.retry_seconds is not None
 
     def __str__(self) -> str:
         details = [f"ErrorInfo({self.domain}, {self.reason})"] if self.domain or self.reason else []
         details += [f"BadRequest({', '.join(self.paths)})"] if self.paths else []
         details += [f"RetryInfo({self.retry_seconds:g} s)"] if self.retry_seconds is not None else []
         return " ".join([self.code.name, *([f'"{self.message}"'] if self.message else []), *details])
+
+
+def seconds_of(duration: Duration) -> float:
+    """A duration as it came over the wire; protobuf's own conversions raise for what is none."""
+    return duration.seconds + duration.nanos / 1e9
 
 
 def read_status(error: grpc.aio.AioRpcError) -> Status:
@@ -57,7 +66,7 @@ def read_status(error: grpc.aio.AioRpcError) -> Status:
             if detail.Unpack(info):
                 domain, reason = info.domain, info.reason
             elif detail.Unpack(retry):
-                retry_seconds = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+                retry_seconds = seconds_of(retry.retry_delay)
             elif detail.Unpack(request):
                 paths += [violation.field for violation in request.field_violations]
     return Status(error.code(), error.details() or "", domain, reason, tuple(paths), retry_seconds)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from reward_server.conformance.case import Broken, Level, NotApplicable, case
 from reward_server.conformance.cases.health import health_of
 from reward_server.conformance.compare import expect_alike
-from reward_server.conformance.session import SERVICE, Session
+from reward_server.conformance.session import Session
+from reward_server.conformance.wire import SERVICE
 
 
 @case("pending/resolved", Level.SHOULD, "Not judged yet, but it may be later: a queue, a person, a judge that is down.")

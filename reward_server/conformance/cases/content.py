@@ -8,8 +8,8 @@ from google.protobuf.message import Message
 
 from reward_server.conformance.case import Broken, Level, NotApplicable, case
 from reward_server.conformance.compare import expect_alike, kind, shown
-from reward_server.conformance.material import Content
-from reward_server.conformance.session import Session, token_ids
+from reward_server.conformance.material import Content, token_ids
+from reward_server.conformance.session import Session
 from rlhf.reward.v1 import reward_pb2
 
 M = TypeVar("M", bound=Message)
@@ -169,7 +169,7 @@ async def missing_token_ids(session: Session) -> None:
 )
 async def with_token_ids(session: Session) -> None:
     """Token ids with sampled_ranges are taken, needed or not."""
-    (sample,) = session.samples(1)
+    (sample,) = session.samples(1, [Content("What is 6 times 7?", "42")])
     sample.completion_token_ids[:] = token_ids(sample.completion)
     sample.sampled_ranges.add(first=0, past_last=1)
     sample.sampled_ranges.add(first=1, past_last=2)

@@ -7,12 +7,9 @@ import asyncio
 import grpc
 
 from reward_server.conformance.case import Broken, Level, case
-from reward_server.conformance.compare import Results
+from reward_server.conformance.cases.repeats import IDEMPOTENT, expect_same
 from reward_server.conformance.session import Session, basics
 
-_IDEMPOTENT = (
-    "Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company."
-)
 _SAMPLES = 4
 _MOST_SAMPLES = 32
 _MOST_CALLS = 32
@@ -56,7 +53,7 @@ async def asked_again_after_deadline(session: Session) -> None:
 @case(
     "cancel/asked-again",
     Level.MUST,
-    _IDEMPOTENT,
+    IDEMPOTENT,
     explained_by=("repeats/same-answer", "repeats/final-stays-final"),
 )
 async def asked_again_after_cancel(session: Session) -> None:
@@ -64,7 +61,7 @@ async def asked_again_after_cancel(session: Session) -> None:
     samples = session.samples(_count(session, _MOST_SAMPLES))
     await session.abandon(session.request(samples), _ABANDONED_AFTER_SECONDS)
     first = await session.judge(samples)
-    _expect_equal(first, await session.judge(samples), session)
+    expect_same(session, first, await session.judge(samples), "sent again after a cancelled call")
 
 
 @case(
@@ -84,9 +81,3 @@ async def keeps_serving(session: Session) -> None:
 
 def _count(session: Session, most: int) -> int:
     return min(most, session.info.max_samples or most)
-
-
-def _expect_equal(first: Results, second: Results, session: Session) -> None:
-    for before, after in zip(first, second, strict=True):
-        if before != after:
-            raise Broken(f"{before.sample_id} changed from one call to the next", session.last, alone=False)

@@ -25,10 +25,14 @@ _NOTHING_REFUSED = "no wrong request was refused with the code for it"
 )
 def error_info(exchange: Exchange) -> Iterator[str | None]:
     """Every status has ErrorInfo with the domain and the reason."""
-    status = _as_promised(exchange)
-    if status is not None and exchange.mistake is not None and exchange.mistake.reason:
-        right = (status.domain, status.reason) == (_DOMAIN, exchange.mistake.reason)
-        yield None if right else f"expected ErrorInfo({_DOMAIN}, {exchange.mistake.reason})"
+    status, reason = exchange.status, ""
+    if _as_promised(exchange) is not None and exchange.mistake is not None:
+        reason = exchange.mistake.reason
+    elif status is not None and status.overloaded:
+        reason = "OVERLOADED"
+    if status is not None and reason:
+        right = (status.domain, status.reason) == (_DOMAIN, reason)
+        yield None if right else f"expected ErrorInfo({_DOMAIN}, {reason})"
 
 
 @watch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import grpc
@@ -11,8 +12,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from reward_server.conformance.case import Broken, Level, case
-from reward_server.conformance.session import SERVICE, Session
+from reward_server.conformance.session import Session
 from reward_server.conformance.status import Status, read_status
+from reward_server.conformance.wire import SERVICE, outcome_of, read
 
 _REFLECTION = ("v1", "v1alpha")  # the messages are the same
 
@@ -22,14 +24,14 @@ async def health_of(session: Session, service: str) -> str:
     check = session.channel.unary_unary(
         "/grpc.health.v1.Health/Check",
         request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        response_deserializer=partial(read, health_pb2.HealthCheckResponse),
     )
     request = health_pb2.HealthCheckRequest(service=service)
-    try:
-        answer: Any = await check(request, timeout=session.timeout, metadata=session.headers)
-    except grpc.aio.AioRpcError as error:
-        return error.code().name
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+    answer, status = await outcome_of(check(request, timeout=session.timeout, metadata=session.headers))
+    if status is not None:
+        return status.code.name
+    statuses = health_pb2.HealthCheckResponse.ServingStatus
+    return str(statuses.Name(answer.status)) if answer.status in statuses.values() else f"status {answer.status}"
 
 
 @case("health/alive", Level.MUST, 'grpc.health.v1 has "" SERVING from the moment the process answers at all')
@@ -84,11 +86,13 @@ async def describes(session: Session) -> None:
     answer = await _reflect(session, file_containing_symbol=SERVICE)
     if isinstance(answer, Status):
         raise Broken(f"no reflection: {answer}")
-    files = map(descriptor_pb2.FileDescriptorProto.FromString, answer.file_descriptor_response.file_descriptor_proto)
+    given = answer.file_descriptor_response.file_descriptor_proto
+    files = [read(descriptor_pb2.FileDescriptorProto, data) for data in given]
     # Only names are looked at: some libraries lose presence, comments or the path of the file.
     methods = {
         method.name
         for file in files
+        if isinstance(file, descriptor_pb2.FileDescriptorProto)
         for each in file.service
         if f"{file.package}.{each.name}" == SERVICE
         for method in each.method
@@ -104,7 +108,7 @@ async def _reflect(session: Session, **question: Any) -> Any:
         ask: Any = session.channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            response_deserializer=partial(read, reflection_pb2.ServerReflectionResponse),
         )
         requests = [reflection_pb2.ServerReflectionRequest(**question)]
         call = ask(requests, timeout=session.timeout, metadata=session.headers)

@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Sequence
 
 from reward_server.conformance.case import Broken, Level, NotApplicable, case
-from reward_server.conformance.compare import Results, all_alike, expect_alike, kind, shown
+from reward_server.conformance.compare import Results, alike, all_alike, expect_alike, kind, shown
 from reward_server.conformance.session import Session
 from rlhf.reward.v1 import reward_pb2
 
-_IDEMPOTENT = (
-    "Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company."
-)
+IDEMPOTENT = "Score is idempotent by (run_id, sample_id): a client MAY send a sample again at any time, in any company."
 _FINAL = (
     "Scored, Abstained and Failed are final: sent again while the server remembers it, the sample MUST get the same "
     "answer."
 )
 _REPEATED_AT_ONCE = 4
+_SEVERAL = 8
+_HASTY_CALLS = 8
 _ATTEMPTS_TO_DIFFER = 12
 _CLASH = "SAMPLE_ID_CLASH"
 
@@ -28,23 +28,24 @@ async def final_stays_final(session: Session) -> None:
     samples, first = await session.survey()
     again = await session.answered(session.request(samples))
     results = {sample.sample_id: result for sample, result in again.judgements()}
-    for sample, before in zip(samples, first, strict=True):
-        after = results[sample.sample_id]
-        if kind(after) != kind(before):
-            raise Broken(f"{sample.sample_id} was {shown(before)} and is {shown(after)}", again, alone=False)
+    for before in first:
+        after = results[before.sample_id]
+        # What was forgotten may have to be waited for once more.
+        if kind(after) != kind(before) and (session.remembers or not after.HasField("pending")):
+            raise Broken(f"{before.sample_id} was {shown(before)} and is {shown(after)}", again, alone=False)
 
 
-@case("repeats/same-answer", Level.MUST, _IDEMPOTENT, explained_by=("repeats/final-stays-final",))
+@case("repeats/same-answer", Level.MUST, IDEMPOTENT, explained_by=("repeats/final-stays-final",))
 async def same_answer(session: Session) -> None:
-    """A batch that is sent again gets the same answers, to the last bit."""
+    """A batch that is sent again gets the same answers: to the last bit where the server promises to remember."""
     samples, first = await session.survey()
-    _expect_same(first, await session.judge(samples), "sent again", session)
+    expect_same(session, first, await session.judge(samples), "sent again")
 
 
 @case(
     "repeats/other-company",
     Level.MUST,
-    _IDEMPOTENT,
+    IDEMPOTENT,
     explained_by=("repeats/same-answer", "repeats/final-stays-final", "score/split-merge-reorder", "groups/company"),
 )
 async def other_company(session: Session) -> None:
@@ -54,16 +55,13 @@ async def other_company(session: Session) -> None:
         raise NotApplicable("the server takes no two at a time")
     first = await session.judge(samples)
     again = await session.judge([*others, *samples])
-    if session.info.remembers.ToNanoseconds() > 0:
-        _expect_same(first, again[len(others) :], "sent again beside others", session)
-    else:
-        expect_alike(first, again[len(others) :], "sent again beside others", session.last)
+    expect_same(session, first, again[len(others) :], "sent again beside others")
 
 
 @case(
     "repeats/at-once",
     Level.MUST,
-    _IDEMPOTENT,
+    IDEMPOTENT,
     explained_by=("repeats/same-answer", "repeats/final-stays-final", "limits/concurrent-calls"),
 )
 async def at_once(session: Session) -> None:
@@ -74,7 +72,7 @@ async def at_once(session: Session) -> None:
         raise NotApplicable("the server takes one call at a time")
     first, *others = await asyncio.gather(*(session.judge(samples) for _ in range(calls)))
     for other in others:
-        _expect_same(first, other, f"sent {calls} times at once", session)
+        expect_same(session, first, other, f"sent {calls} times at once")
 
 
 @case(
@@ -87,17 +85,35 @@ async def other_content(session: Session) -> None:
     """An id that comes back with other content is a clash, or is judged by what it holds now."""
     samples, other, first, expected = await _differing(session)
     results = await session.judge(_under_ids_of(samples, other))
-    if all(result.failed.code == _CLASH for result in results):
-        return
-    if session.info.remembers.ToNanoseconds() > 0:
-        raise Broken(f"expected {_CLASH}: the server says that it remembers", session.last, alone=False)
-    if not all_alike(expected, results):
-        raise Broken(
-            f"one content is {shown(first[0])}, another {shown(expected[0])}, and the other under the id of the one "
-            f"{shown(results[0])}",
-            session.last,
-            alone=False,
-        )
+    for old, new, result in zip(first, expected, results, strict=True):
+        if result.failed.code == _CLASH:
+            continue
+        if session.remembers:
+            raise Broken(f"expected {_CLASH}, as the server promises to remember", session.last, alone=False)
+        if not alike(new, result):
+            raise Broken(
+                f"the first content is {shown(old)}, the other one {shown(new)}, and under the id of the first "
+                f"{shown(result)}",
+                session.last,
+                alone=False,
+            )
+
+
+@case(
+    "pending/asked-early",
+    Level.MUST,
+    "The client adds jitter and MAY ask earlier; a server MUST NOT count it against the sample.",
+    explained_by=("repeats/same-answer", "repeats/final-stays-final", "score/split-merge-reorder", "groups/company"),
+)
+async def asked_early(session: Session) -> None:
+    """PENDING samples that are asked for again at once, several times, come out as those that were waited for."""
+    samples = session.samples(min(_SEVERAL, session.info.max_samples or _SEVERAL))
+    expected = await session.judge(samples)
+    hasty = session.renamed(samples)
+    exchanges = [await session.answered(session.request(hasty)) for _ in range(_HASTY_CALLS)]
+    if not any(result.HasField("pending") for each in exchanges for _, result in each.judgements()):
+        raise NotApplicable("no sample was PENDING")
+    expect_alike(expected, await session.judge(hasty), "waited for, and asked for at once", session.last)
 
 
 @case("repeats/other-run", Level.MUST, "The training run. sample_id and group_id are unique within it.")
@@ -106,6 +122,16 @@ async def other_run(session: Session) -> None:
     samples, other, _, expected = await _differing(session)
     results = await session.judge(_under_ids_of(samples, other), run_id=f"{session.run_id}-other")
     expect_alike(expected, results, "an id of another run", session.last)
+
+
+def expect_same(session: Session, first: Results, again: Results, when: str) -> None:
+    """Raises Broken for a sample with another answer: to the last bit only where the server promises to remember."""
+    expect_alike(first, again, when, session.last)
+    for before, after in zip(first, again, strict=True):
+        if session.remembers and before != after:
+            raise Broken(
+                f"{when}, {before.sample_id} was {shown(before)} and is {shown(after)}", session.last, alone=False
+            )
 
 
 async def _differing(
@@ -130,12 +156,3 @@ def _under_ids_of(samples: Sequence[reward_pb2.Sample], other: Sequence[reward_p
         copy.sample_id, copy.group_id = sample.sample_id, sample.group_id
         mixed.append(copy)
     return mixed
-
-
-def _expect_same(first: Results, results: Results, when: str, session: Session) -> None:
-    for before, after in zip(first, results, strict=True):
-        # Another outcome is for repeats/final-stays-final to say.
-        if kind(before) == kind(after) and before != after:
-            raise Broken(
-                f"{when}, {before.sample_id} was {shown(before)} and is {shown(after)}", session.last, alone=False
-            )

@@ -14,6 +14,7 @@ from reward_server.conformance.session import Session
 from rlhf.reward.v1 import reward_pb2
 
 _SEVERAL = 6
+_SMALLEST_SAMPLE_BYTES = 32
 
 
 @case("score/ordinary-batch", Level.MUST, "Score judges a micro-batch.")
@@ -53,22 +54,13 @@ async def single_sample(session: Session) -> None:
 @case("score/largest-batch", Level.MUST, 'From 1 to max_samples, else INVALID_ARGUMENT "samples".')
 async def largest_batch(session: Session) -> None:
     """A batch of max_samples is judged."""
-    if not session.info.max_samples:
-        raise NotApplicable("max_samples is 0: no limit")
-    request = session.request(session.samples(session.info.max_samples))
-    if request.ByteSize() > session.max_request_bytes:
-        raise NotApplicable("max_samples samples are larger than max_request_bytes")
-    await session.answered(request)
+    await session.answered(_full(session))
 
 
 @case("score/too-many-samples", Level.MUST, 'Most samples in a call; more = INVALID_ARGUMENT "samples".')
 async def too_many_samples(session: Session) -> None:
     """A batch of max_samples + 1 is INVALID_ARGUMENT."""
-    if not session.info.max_samples:
-        raise NotApplicable("max_samples is 0: no limit")
-    request = session.request([*session.samples(session.info.max_samples), *session.samples(1)])
-    if request.ByteSize() > session.max_request_bytes:
-        raise NotApplicable("max_samples samples are larger than max_request_bytes")
+    request = _full(session, *session.samples(1))
     mistake = Mistake((grpc.StatusCode.INVALID_ARGUMENT,), "INVALID_FIELD", ("samples",))
     exchange = await session.settled(request, mistake=mistake)
     if exchange.code not in mistake.codes:
@@ -131,3 +123,15 @@ async def log_metadata(session: Session) -> None:
     expected = await session.judge(samples)
     results = await session.judge(session.renamed(samples), headers=headers)
     expect_alike(expected, results, "without and with x-rlhf-* metadata", session.last)
+
+
+def _full(session: Session, *more: reward_pb2.Sample) -> reward_pb2.ScoreRequest:
+    """A request for max_samples samples, and some more."""
+    if not session.info.max_samples:
+        raise NotApplicable("max_samples is 0: no limit")
+    # A sample has its ids at least, so that the first look saves making millions.
+    if session.info.max_samples * _SMALLEST_SAMPLE_BYTES <= session.max_request_bytes:
+        request = session.request([*session.samples(session.info.max_samples), *more])
+        if request.ByteSize() <= session.max_request_bytes:
+            return request
+    raise NotApplicable("max_samples samples are larger than max_request_bytes")

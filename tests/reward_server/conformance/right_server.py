@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from reward_server.conformance.session import SERVICE
+from reward_server.conformance.wire import SERVICE
 from rlhf.failures import RpcFailure, invalid_argument, not_found, overloaded, to_status
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 
@@ -34,7 +34,10 @@ class RightServer(reward_pb2_grpc.RewardServiceServicer):
     max_samples = 16
     max_request_bytes = 256 << 10
     max_concurrent_calls = 4
+    required_metadata: Sequence[str] = ("topic",)
+    needs_token_ids = True
     memory_samples = 2000
+    remembers_seconds = 3600
     hold_seconds = 0.0
     """How long each call is open at least."""
     serves_health: Sequence[str] = ("", SERVICE)
@@ -57,13 +60,13 @@ class RightServer(reward_pb2_grpc.RewardServiceServicer):
             max_request_bytes=self.max_request_bytes,
             max_concurrent_calls=self.max_concurrent_calls,
             scope=self.scope,
-            required_metadata=["topic"],
-            needs_token_ids=True,
-            remembers=Duration(seconds=3600),
+            required_metadata=self.required_metadata,
+            needs_token_ids=self.needs_token_ids,
+            remembers=Duration(seconds=self.remembers_seconds),
         )
 
     def admit(self, open_calls: int) -> None:
-        if open_calls > self.max_concurrent_calls:
+        if 0 < self.max_concurrent_calls < open_calls:
             raise overloaded("too many calls", retry_after=0.01)
 
     def check(self, request: reward_pb2.ScoreRequest) -> None:
@@ -75,7 +78,7 @@ class RightServer(reward_pb2_grpc.RewardServiceServicer):
     def check_ids(self, request: reward_pb2.ScoreRequest) -> None:
         if not 0 < len(request.run_id.encode()) <= 256:
             raise invalid_argument("run_id", "1 to 256 bytes")
-        if not 0 < len(request.samples) <= self.max_samples:
+        if not 0 < len(request.samples) <= (self.max_samples or len(request.samples)):
             raise invalid_argument("samples", f"1 to {self.max_samples}")
         ids = [sample.sample_id for sample in request.samples]
         for index, sample_id in enumerate(ids):
@@ -103,9 +106,9 @@ class RightServer(reward_pb2_grpc.RewardServiceServicer):
         for key in json_keys:
             if key in sample.metadata and not _is_json(sample.metadata[key]):
                 return "INVALID_METADATA"
-        topic = sample.metadata.get("topic", None)
-        if topic is None or ("topic" in json_keys and topic == "null"):
-            return "MISSING_METADATA"
+        for key in self.required_metadata:
+            if key not in sample.metadata or (key in json_keys and sample.metadata[key] == "null"):
+                return "MISSING_METADATA"
         for message in sample.messages:
             if any(part.WhichOneof("kind") is None for part in message.parts):
                 return "UNKNOWN_CONTENT"
@@ -113,7 +116,7 @@ class RightServer(reward_pb2_grpc.RewardServiceServicer):
                 return "INVALID_METADATA"
             if message.extra_json and not _is_json(message.extra_json):
                 return "INVALID_METADATA"
-        return None if sample.completion_token_ids else "MISSING_TOKEN_IDS"
+        return "MISSING_TOKEN_IDS" if self.needs_token_ids and not sample.completion_token_ids else None
 
     def reward_of(self, sample: Sample, company: Sequence[Sample]) -> float:
         said = "".join(part.text for message in sample.messages for part in message.parts)

@@ -74,6 +74,8 @@ def test_list_obeys_run_and_skip(capsys: pytest.CaptureFixture[str]) -> None:
         (["localhost:1", "--run", "scores/*"], "no case matches 'scores/*'"),
         (["localhost:1", "--metadata", "topic"], "not KEY=VALUE"),
         (["localhost:1", "--timeout", "0"], "seconds above 0"),
+        (["localhost:1", "--patience", "long"], "'long' is not a number of seconds"),
+        (["localhost:1", "--json", "/"], "/ is a folder"),
         (["localhost:1", "--tls-cert", "a.pem"], "go together"),
         (["localhost:1", "--tls-ca", "nowhere.pem"], "nowhere.pem"),
         (["localhost:1", "--samples", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -144,6 +146,20 @@ async def test_what_one_request_does_not_show_is_shown_again_by_the_kit(kit: Kit
     assert (module, name) == ("-m", "reward_server.conformance")
     assert "--seed 3 --metadata 'topic=a b' --run score/split-merge-reorder" in line
     assert again.code == failed.code == 1
+
+
+async def test_what_was_seen_in_the_request_of_another_case_is_shown_again_by_both(kit: Kit) -> None:
+    async with serving(NotANumberForLongOnes()) as address:
+        failed = await kit(address, "--run", "outcomes/reward-finite", "--run", "content/*")
+        (line,) = [line for line in failed.out.splitlines() if line.split()[:1] == ["again"]]
+        again = await kit(*shlex.split(line)[4:])
+    assert "--run outcomes/reward-finite --run content/long-completion" in line
+    assert again.code == failed.code == 1
+
+
+class NotANumberForLongOnes(RightServer):
+    def reward_of(self, sample: Sample, company: Sequence[Sample]) -> float:
+        return float("nan") if len(sample.completion) > 10_000 else super().reward_of(sample, company)
 
 
 async def test_a_failure_that_no_case_of_the_run_explains_counts(kit: Kit) -> None:
@@ -267,6 +283,19 @@ def test_a_line_that_is_no_sample_is_named(tmp_path: Path, capsys: pytest.Captur
         samples.write_text('{"completion": "fine"}\n\n' + line + "\n")
         assert usage_error("localhost:1", "--samples", str(samples)) == 64
         assert "line 3" in capsys.readouterr().err
+
+
+async def test_a_case_sends_the_same_whichever_cases_run_before_it(kit: Kit) -> None:
+    sent = []
+    for pattern in ("content/parts-joined", "content/*"):
+        server = Recording()
+        async with serving(server) as address:
+            await kit(address, "--run", pattern)
+        sent.append(
+            [sample.completion for sample in server.judged if [len(each.parts) for each in sample.messages] == [3]]
+        )
+    assert sent[0]
+    assert sent[0] == sent[1]
 
 
 async def test_the_seed_decides_what_is_sent_and_the_run_is_always_another(kit: Kit) -> None:

@@ -10,6 +10,7 @@ from reward_server.conformance.runner import Outcome, Verdict, run
 from reward_server.conformance.session import Session
 from reward_server.conformance.target import Target
 from tests.reward_server.conformance.broken import BROKEN
+from tests.reward_server.conformance.free import FREE
 from tests.reward_server.conformance.right_server import RightGroupServer, RightServer, serving
 
 
@@ -25,7 +26,7 @@ def with_verdict(outcome: Outcome, verdict: Verdict) -> dict[str, str]:
     return {result.case.id: result.why for result in outcome.results if result.verdict is verdict}
 
 
-@pytest.mark.parametrize("server", [RightServer, RightGroupServer])
+@pytest.mark.parametrize("server", [RightServer, RightGroupServer, *FREE])
 async def test_a_server_that_keeps_the_contract_passes_every_case_that_applies(server: type[RightServer]) -> None:
     outcome = await judged(server())
     assert with_verdict(outcome, Verdict.FAILED) == {}

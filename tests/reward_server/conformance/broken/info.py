@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health, health_pb2
 
-from reward_server.conformance.session import SERVICE
+from reward_server.conformance.wire import SERVICE
 from rlhf.reward.v1 import reward_pb2
 from tests.reward_server.conformance.broken.marking import caught_by
 from tests.reward_server.conformance.right_server import RightServer, Sample
@@ -30,6 +30,18 @@ class ForgetsHealthForTheWhole(RightServer):
 class _EveryServiceServes(health.aio.HealthServicer):
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+class _StatusFromTheFuture(health.aio.HealthServicer):
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> Any:
+        new: Any = 17
+        return await super().Check(request, context) if request.service else health_pb2.HealthCheckResponse(status=new)
+
+
+@caught_by("health/alive")
+class StatusFromTheFuture(RightServer):
+    def make_health(self) -> health.aio.HealthServicer:
+        return _StatusFromTheFuture()
 
 
 @caught_by("health/unknown-service")

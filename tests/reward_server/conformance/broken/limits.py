@@ -29,31 +29,39 @@ class DeclaresFewerBytesThanItTakes(RightServer):
         return info
 
 
-@caught_by("limits/concurrent-calls")
-class RefusesAtTheDeclaredConcurrency(RightServer):
-    hold_seconds = 0.02
+class _TakesAWhile(RightServer):
+    """Calls of one sample are open for a while, so that those sent at once meet."""
 
+    async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
+        await asyncio.sleep(0.02 if len(request.samples) == 1 else 0.0)
+
+
+@caught_by("limits/concurrent-calls")
+class RefusesAtTheDeclaredConcurrency(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls >= self.max_concurrent_calls:
             raise overloaded("too many calls", retry_after=0.01)
 
 
 @caught_by("limits/overload")
-class UnavailableUnderLoad(RightServer):
-    hold_seconds = 0.02
-
+class UnavailableUnderLoad(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls > self.max_concurrent_calls:
             raise RpcFailure(grpc.StatusCode.ABORTED, "too many calls")
 
 
 @caught_by("errors/retry-info")
-class OverloadedWithoutRetryInfo(RightServer):
-    hold_seconds = 0.02
-
+class OverloadedWithoutRetryInfo(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls > self.max_concurrent_calls:
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls", reason="OVERLOADED")
+
+
+@caught_by("errors/error-info")
+class OverloadedForNoReason(_TakesAWhile):
+    def admit(self, open_calls: int) -> None:
+        if open_calls > self.max_concurrent_calls:
+            raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls", retry_after=0.01)
 
 
 @caught_by("deadline/answered-in-time")
@@ -66,8 +74,6 @@ class IgnoresTheDeadline(RightServer):
 
 class _Forgets(RightServer):
     """Waits for ever for a sample of a call that ended early."""
-
-    hold_seconds = 0.0
 
     def __init__(self) -> None:
         super().__init__()

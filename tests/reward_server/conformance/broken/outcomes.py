@@ -123,5 +123,10 @@ class PendingWithoutRetryAfter(RightServer):
 
 @caught_by("pending/resolved")
 class NeverResolves(RightServer):
+    def pending(self, sample: Sample) -> SampleResult:
+        result = super().pending(sample)
+        result.pending.retry_after.seconds = 2**62  # more than a Duration may have
+        return result
+
     def look_up(self, request: reward_pb2.ScoreRequest, sample: Sample) -> SampleResult:
         return self.pending(sample) if self.is_late(sample) else super().look_up(request, sample)

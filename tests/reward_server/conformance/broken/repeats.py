@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+
 from rlhf.reward.v1 import reward_pb2
 from tests.reward_server.conformance.broken.marking import NeverLate, caught_by, renamed
 from tests.reward_server.conformance.right_server import RightServer, Sample, SampleResult
@@ -63,6 +66,42 @@ class TakesOtherContentForTheOld(RightServer):
         if old.HasField("scored"):
             old.scored.ClearField("token_rewards")
         return old
+
+
+@caught_by("repeats/other-content")
+class RemembersByIdAlone(TakesOtherContentForTheOld):
+    remembers_seconds = 0
+
+
+@caught_by("pending/asked-early")
+class LosesPatience(RightServer):
+    """A sample that takes a while has failed when it is asked for too often meanwhile."""
+
+    takes_seconds = 0.2
+    most_early = 4  # several calls at once are in order
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began: dict[str, float] = {}
+        self._early: Counter[str] = Counter()
+
+    def look_up(self, request: reward_pb2.ScoreRequest, sample: Sample) -> SampleResult:
+        if not sample.completion.startswith("Dull"):
+            return super().look_up(request, sample)
+        now = time.monotonic()
+        early = now < self._began.setdefault(sample.sample_id, now) + self.takes_seconds
+        self._early[sample.sample_id] += early
+        if self._early[sample.sample_id] > self.most_early:
+            return SampleResult(sample_id=sample.sample_id, failed=reward_pb2.Failed(code="IMPATIENT"))
+        return self.pending(sample) if early else super().look_up(request, sample)
+
+    def pending(self, sample: Sample) -> SampleResult:
+        result = super().pending(sample)
+        result.pending.retry_after.FromMilliseconds(round(self.takes_seconds * 1000))
+        return result
+
+    def is_late(self, sample: Sample) -> bool:
+        return False
 
 
 @caught_by("repeats/other-run")

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from reward_server.conformance.session import SERVICE
+from reward_server.conformance.wire import SERVICE
 from rlhf.failures import RpcFailure, invalid_argument
 from rlhf.reward.v1 import reward_pb2
 from tests.reward_server.conformance.broken.marking import caught_by

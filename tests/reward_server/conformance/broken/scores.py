@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from reward_server.conformance.wire import SERVICE
 from rlhf.failures import invalid_argument
 from rlhf.reward.v1 import reward_pb2
 from tests.reward_server.conformance.broken.marking import NeverLate, caught_by, renamed
@@ -17,6 +18,22 @@ from tests.reward_server.conformance.right_server import RightServer, Sample, Sa
 class HasAFaultOfItsOwn(RightServer):
     async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
         await context.abort(grpc.StatusCode.INTERNAL, "the judge is broken")
+
+
+@caught_by("score/ordinary-batch")
+class AnswersWithOtherBytes(RightServer):
+    def add_to(self, server: grpc.aio.Server) -> None:
+        methods = {
+            "Score": grpc.unary_unary_rpc_method_handler(
+                self.Score, reward_pb2.ScoreRequest.FromString, lambda response: b"\xff" + response.SerializeToString()
+            ),
+            "GetRewardInfo": grpc.unary_unary_rpc_method_handler(
+                self.GetRewardInfo,
+                reward_pb2.GetRewardInfoRequest.FromString,
+                reward_pb2.GetRewardInfoResponse.SerializeToString,
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
 
 
 @caught_by("score/single-sample")
