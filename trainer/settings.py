@@ -71,7 +71,7 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     )
     resume: bool = Field(False, description="Go on from the last checkpoint in run_dir, or begin when there is none")
 
-    data: str = Field(description="Training prompts: a .jsonl, .csv or .parquet file, a folder or a hub data set")
+    data: str = Field(description="Training prompts: a .jsonl, .csv, .tsv or .parquet file, a folder or a hub data set")
     data_split: str = Field("train", description="Split of a hub data set to train on")
     prompt_column: str = Field(
         "prompt", description="Column with the prompt (text or a list of messages); the others go to the reward"

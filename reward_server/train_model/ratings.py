@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.logs import get_logger
+from rlhf.tables import TableError, read_rows
 
 _log = get_logger(__name__)
 
@@ -29,16 +28,13 @@ class Rated:
 
 
 def read_ratings(path: Path, *, text: str = "text", rating: str = "rating") -> list[Rated]:
-    """The rows of a .csv, .tsv, .jsonl or .parquet file; rows without a text or a rating are left out and counted.
+    """The rows of a table (see `rlhf.tables`); rows without a text or a rating are left out and counted.
 
     Raises TrainingDataError, naming the row or the columns that there are.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise TrainingDataError(f"{path}: a table is one of {', '.join(_READERS)}")
     rated, without = [], 0
     try:
-        for number, row in enumerate(reader(path), start=1):
+        for number, row in enumerate(read_rows(path), start=1):
             if text not in row or rating not in row:
                 raise TrainingDataError(
                     f"{path}: row {number} has no column {text if text not in row else rating!r}; "
@@ -48,8 +44,8 @@ def read_ratings(path: Path, *, text: str = "text", rating: str = "rating") -> l
                 without += 1
             else:
                 rated.append(Rated(_text(row[text], path, number), _rating(row[rating], path, number)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TrainingDataError(f"{path} cannot be read: {error}") from error
+    except TableError as error:
+        raise TrainingDataError(str(error)) from error
     if without:
         _log.warning("rows without a text or a rating are left out", rows=without)
     return rated
@@ -69,50 +65,6 @@ def _rating(value: Any, path: Path, number: int) -> float:
     if not math.isfinite(rating):
         raise TrainingDataError(f"{path}: the rating of row {number}, {value!r}, is not a finite number")
     return rating
-
-
-def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
-
-
-def _read_tsv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, dialect="excel-tab")
-
-
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TrainingDataError(f"{path}: line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise TrainingDataError(f"{path}: line {number} is not a JSON object")
-            yield row
-
-
-def _read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
-    try:
-        from pyarrow import lib, parquet
-    except ModuleNotFoundError as error:
-        raise TrainingDataError(f"{path}: .parquet needs the package pyarrow: pip install pyarrow") from error
-    try:
-        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()  # type: ignore[no-untyped-call]
-    except lib.ArrowInvalid as error:
-        raise TrainingDataError(f"{path} is not a Parquet file: {error}") from error
-    return rows
-
-
-_READERS: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 
 
 def split(rated: Sequence[Rated], *, held_out: float, seed: int = 0) -> tuple[list[Rated], list[Rated]]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import enum
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from rlhf.tables import TableError, is_table, read_rows
 from trainer.run.seeds import derive_seed
 
 Messages = list[dict[str, Any]]
@@ -72,28 +72,15 @@ class DropReason(enum.Enum):
 
 
 def load_records(source: str, *, column: str, split: str = "train") -> list[Record]:
-    """Read a .jsonl, .csv or .parquet file, or a dataset that the `datasets` library loads (a hub name or a folder).
+    """Read a table (see `rlhf.tables`), or a dataset that the `datasets` library loads (a hub name or a folder).
 
     Raises PromptDataError when nothing is there or the column is missing; the error names the columns that exist.
     """
     path = Path(source)
-    readers: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_jsonl,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if path.is_file():
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            kind = path.suffix or "this kind of"
-            raise PromptDataError(f"{source}: can't read {kind} files; use {', '.join(readers)}")
-        rows = reader(path)
-    elif path.suffix.lower() in readers and not path.exists():
-        raise PromptDataError(f"{source}: there is no such file")
-    else:
-        rows = _read_dataset(source, split)
-    table = list(rows)
+    try:
+        table = list(read_rows(path) if path.is_file() or is_table(path) else _read_dataset(source, split))
+    except TableError as error:
+        raise PromptDataError(str(error)) from error
     if not table:
         raise PromptDataError(f"{source}: there are no rows")
     # A column is sent as JSON or as plain strings in every row alike, so that rows fit into one request.
@@ -219,34 +206,6 @@ def _is_conversation(value: Any) -> bool:
         and bool(value)
         and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value)
     )
-
-
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise PromptDataError(f"{path}: line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise PromptDataError(f"{path}: line {number} is not a JSON object")
-            yield row
-
-
-def _read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=2):
-            if None in row:
-                raise PromptDataError(f"{path}: line {number} has more cells than the header")
-            yield row
-
-
-def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    from pyarrow import parquet
-
-    yield from parquet.read_table(path).to_pylist()  # type: ignore[no-untyped-call]
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Mapping[str, Any]]:

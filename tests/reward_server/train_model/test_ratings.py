@@ -42,11 +42,12 @@ def test_rows_without_a_text_or_a_rating_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", "", "one of .csv, .tsv, .jsonl, .parquet"),
+        ("a.txt", "", "one of .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.csv", "text,stars\ngood,3\n", "row 1 has no column 'rating'; it has 'text', 'stars'"),
         ("a.csv", "text,rating\ngood,three\n", "the rating of row 1, 'three', is not a finite number"),
         ("a.csv", "text,rating\ngood,3\nbad,inf\n", "the rating of row 2, 'inf', is not a finite number"),
         ("a.csv", f"text,rating\n{'x' * 200_000},3\n", "cannot be read: field larger than field limit"),
+        ("a.csv", "text,rating\ngood,3,but\n", "line 2 has more cells than the header"),
         ("a.jsonl", '{"text": "good", "rating": 3}\n{"text"', "line 2 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", '{"text": 7, "rating": 3}\n', "the text of row 1 is a int"),

@@ -49,7 +49,7 @@ def test_a_column_that_is_json_in_one_row_is_json_in_every_row(tmp_path: Path) -
 
 def test_cells_of_a_csv_file_are_strings(tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
-    file.write_text('text,stars\n"one, two",4\n', encoding="utf-8")
+    file.write_text('\ufefftext,stars\n"one, two",4\n', encoding="utf-8")
 
     (record,) = load_records(str(file), column="text")
 
@@ -86,7 +86,7 @@ def test_a_file_that_is_wrong_says_where(tmp_path: Path, content: str, message: 
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(PromptDataError, match="no such file"):
+    with pytest.raises(PromptDataError, match="No such file"):
         load_records(str(tmp_path / "absent.jsonl"), column="prompt")
 
 
