@@ -18,12 +18,8 @@ from reward_server.kinds.versions import version_of
 from reward_server.kinds.web import check_secret, parsed_url, place, quiet_request_log, retry_after, secret
 from reward_server.results import Abstained, Failed, FailureCode, Outcome, Pending, Scored
 from rlhf.failures import internal, unavailable
-from rlhf.logs import get_logger
+from rlhf.reward_answers import MalformedAnswerError
 
-_log = get_logger(__name__)
-
-_MALFORMED_ATTEMPTS = 4
-_MALFORMED_PAUSE_SECONDS = 0.2
 # Of these the samples are to blame, so the others go on; any other status below 500 means that the options are wrong.
 _ABOUT_THE_SAMPLES = frozenset({400, 413, 422})
 _TRANSIENT = frozenset({408, 425, 429})
@@ -72,10 +68,6 @@ class HttpOptions(PeerOptions):
         if self.token_file is not None and any(name.lower() == "authorization" for name in self.headers):
             raise ValueError("token_file and an Authorization header exclude each other")
         return self
-
-
-class _MalformedBodyError(Exception):
-    """An answer with status 200 that does not give one reward per sample."""
 
 
 class HttpReward(RewardKind):
@@ -132,21 +124,14 @@ class HttpReward(RewardKind):
 
     async def _judge(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
         content = json.dumps(self._body(samples)).encode()
-        for attempt in range(1, _MALFORMED_ATTEMPTS + 1):
-            answer = await self._peer.ask(lambda: self._post(content), until=self._peer.deadline(answer_by))
-            if isinstance(answer, Pending | Failed):
-                return [answer] * len(samples)
-            try:
-                rewards = _rewards(answer, len(samples))
-            except _MalformedBodyError as error:
-                if attempt == _MALFORMED_ATTEMPTS:
-                    # Not Failed: a page of a proxy, say, is nothing that the samples could ever be judged by.
-                    raise internal(f"reward model {self._place}: {error}") from error
-                _log.warning("a malformed answer is asked for again", target=self._place, error=str(error))
-                await asyncio.sleep(_MALFORMED_PAUSE_SECONDS * attempt)
-            else:
-                return [_outcome(reward) for reward in rewards]
-        raise AssertionError("unreachable")
+        answer = await self._peer.ask_and_read(
+            lambda: self._post(content),
+            lambda body: body if isinstance(body, Failed) else _rewards(body, len(samples)),
+            until=self._peer.deadline(answer_by),
+        )
+        if isinstance(answer, Pending | Failed):
+            return [answer] * len(samples)
+        return [_outcome(reward) for reward in answer]
 
     def _body(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
         column, alone = self._options.label_column, self._options.query == "completion"
@@ -187,12 +172,12 @@ def _rewards(body: bytes, count: int) -> list[Any]:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        raise _MalformedBodyError("the answer is not JSON") from None
+        raise MalformedAnswerError("the answer is not JSON") from None
     rewards = content.get("rewards") if isinstance(content, dict) else None
     if not isinstance(rewards, list):
-        raise _MalformedBodyError("the answer is no JSON object with a list `rewards`")
+        raise MalformedAnswerError("the answer is no JSON object with a list `rewards`")
     if len(rewards) != count:
-        raise _MalformedBodyError(f"{len(rewards)} rewards for {count} samples")
+        raise MalformedAnswerError(f"{len(rewards)} rewards for {count} samples")
     return rewards
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -11,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from reward_server.kinds.breaker import CircuitBreaker, CircuitOpenError
 from reward_server.results import Pending
 from rlhf.channel import RetryPolicy, call_with_retry
-from rlhf.failures import RpcFailure, is_transient
+from rlhf.failures import RpcFailure, internal, is_transient
 from rlhf.logs import get_logger
+from rlhf.reward_answers import MalformedAnswerError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _log = get_logger(__name__)
 
@@ -22,6 +25,8 @@ _COME_BACK_SECONDS = 2.0
 _LONGEST_COME_BACK_SECONDS = 3600.0
 # A call that has no time teaches nothing.
 _LEAST_SECONDS = 1.0
+_MALFORMED_ATTEMPTS = 4
+_MALFORMED_PAUSE_SECONDS = 0.2
 
 
 class PeerOptions(BaseModel):
@@ -59,6 +64,26 @@ class Peer:
         now = time.monotonic()
         ends = now + self._timeout
         return ends if answer_by is None or answer_by <= now else min(ends, max(answer_by, now + _LEAST_SECONDS))
+
+    async def ask_and_read(
+        self, call: Callable[[], Awaitable[T]], read: Callable[[T], R], *, until: float
+    ) -> R | Pending:
+        """What `read` makes of what `ask` returns. While it raises MalformedAnswerError, the answer is asked for again.
+
+        Raises internal when it stays malformed: what a proxy says, for instance, is nothing to judge samples by.
+        """
+        for attempt in range(1, _MALFORMED_ATTEMPTS + 1):
+            answer = await self.ask(call, until=until)
+            if isinstance(answer, Pending):
+                return answer
+            try:
+                return read(answer)
+            except MalformedAnswerError as error:
+                if attempt == _MALFORMED_ATTEMPTS:
+                    raise internal(f"{self._what} {self._target}: {error}") from error
+                _log.warning("a malformed answer is asked for again", target=self._target, error=str(error))
+                await asyncio.sleep(_MALFORMED_PAUSE_SECONDS * attempt)
+        raise AssertionError("unreachable")
 
     async def ask(self, call: Callable[[], Awaitable[T]], *, until: float) -> T | Pending:
         """What `call` returns, made again with backoff and jitter while it fails for a reason that may pass.

@@ -25,15 +25,10 @@ from rlhf.channel import (
     open_channel,
 )
 from rlhf.failures import RpcFailure, from_rpc_error, internal, is_transient
-from rlhf.logs import get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
-from rlhf.reward_answers import DEFAULT_REQUEST_BYTES, MalformedAnswerError, results_by_id
-
-_log = get_logger(__name__)
+from rlhf.reward_answers import DEFAULT_REQUEST_BYTES, results_by_id
 
 _INFO_SECONDS = 10.0
-_MALFORMED_ATTEMPTS = 4
-_MALFORMED_PAUSE_SECONDS = 0.2
 # Tag and length, at most.
 _FIELD_BYTES = 8
 _LONGEST_PENDING_SECONDS = 3600.0
@@ -145,34 +140,23 @@ class RemoteReward(RewardKind):
         )
         tokens = {sample.message.sample_id: len(sample.message.completion_token_ids) for sample in samples}
         async with self._calls:
-            for attempt in range(1, _MALFORMED_ATTEMPTS + 1):
-                answer = await self._ask(request, until)
-                if isinstance(answer, Pending):
-                    return [answer] * len(samples)
-                try:
-                    results = results_by_id(answer, tokens)
-                except MalformedAnswerError as error:
-                    if attempt == _MALFORMED_ATTEMPTS:
-                        raise internal(f"{self._name}: {error}") from error
-                    _log.warning("a malformed answer is asked for again", target=self._options.target, error=str(error))
-                    await asyncio.sleep(_MALFORMED_PAUSE_SECONDS * attempt)
-                else:
-                    return [_outcome(results[sample.message.sample_id]) for sample in samples]
-        raise AssertionError("unreachable")
+            answer = await self._peer.ask_and_read(
+                lambda: self._ask(request, until), lambda response: results_by_id(response, tokens), until=until
+            )
+        if isinstance(answer, Pending):
+            return [answer] * len(samples)
+        return [_outcome(answer[sample.message.sample_id]) for sample in samples]
 
-    async def _ask(self, request: reward_pb2.ScoreRequest, until: float) -> reward_pb2.ScoreResponse | Pending:
-        async def call() -> reward_pb2.ScoreResponse:
-            await self._check_unchanged(until)
-            try:
-                answer: reward_pb2.ScoreResponse = await self._stub.Score(
-                    request, timeout=_seconds_until(until), metadata=call_metadata(run_id=request.run_id)
-                )
-            except grpc.aio.AioRpcError as error:
-                self._may_have_changed = True
-                raise self._failure(error) from error
-            return answer
-
-        return await self._peer.ask(call, until=until)
+    async def _ask(self, request: reward_pb2.ScoreRequest, until: float) -> reward_pb2.ScoreResponse:
+        await self._check_unchanged(until)
+        try:
+            answer: reward_pb2.ScoreResponse = await self._stub.Score(
+                request, timeout=_seconds_until(until), metadata=call_metadata(run_id=request.run_id)
+            )
+        except grpc.aio.AioRpcError as error:
+            self._may_have_changed = True
+            raise self._failure(error) from error
+        return answer
 
     async def _check_unchanged(self, until: float) -> None:
         """Ask again what the server is, if it may be another process than the one that was asked last."""
