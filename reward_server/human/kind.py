@@ -96,9 +96,13 @@ class HumanReward(RewardKind):
 
     async def _observe(self) -> None:
         while True:
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 queue = await self._store.queue()
                 metrics.HUMAN_TICKETS.labels("waiting").set(queue.waiting)
                 metrics.HUMAN_TICKETS.labels("leased").set(queue.leased)
                 metrics.HUMAN_OLDEST_SECONDS.set(queue.oldest_age_seconds or 0.0)
+            except StoreUnavailable:
+                pass  # the page and the trainer are told, and look again
+            except Exception:
+                _log.exception("the queue of ratings cannot be counted")
             await asyncio.sleep(_OBSERVE_SECONDS)
