@@ -143,9 +143,8 @@ class EngineWorker:
         return self._stop_at is not None and (not self._busy() or time.monotonic() >= self._stop_at)
 
     def _busy(self) -> bool:
-        # A swap whose copies are not made yet comes back by mail.
-        swaps = bool(self._swaps) and (self._swaps[0].cancelled or self._swaps[0].packed is not None)
-        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or swaps)
+        swap = bool(self._swaps) and self._swaps[0].ready
+        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or swap)
 
     def _round(self) -> None:
         for task in self._mailbox.take(wait=not self._busy() and self._stop_at is None):
@@ -299,7 +298,8 @@ class EngineWorker:
     def _swap_if_due(self) -> None:
         while self._swaps:
             job = self._swaps[0]
-            if not job.cancelled and (job.packed is None or (job.in_flight is InFlight.WAIT and self._policy_runs())):
+            waits = job.in_flight is InFlight.WAIT and self._policy_runs()
+            if not job.ready or (waits and not job.cancelled):
                 return
             self._swaps.popleft()
             if not job.cancelled:
