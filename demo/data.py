@@ -48,24 +48,19 @@ def write_prompts(folder: Path, split: Split, *, evaluation_prompts: int) -> Pro
     return files
 
 
-def prompt_of(review: Review) -> str | None:
-    """The first 4 to 6 words (by the review's number, so always the same), or None if too little text is left."""
-    prompt, answer = _halves(review)
-    return prompt if len(answer.split()) >= _FEWEST_WORDS_LEFT else None
-
-
-def _halves(review: Review) -> tuple[str, str]:
+def halves(review: Review) -> tuple[str, str] | None:
+    """The first 4 to 6 words (by the review's number, so always as many) and the rest; None if that is too short."""
     count = random.Random(review.id).randint(_SHORTEST, _LONGEST)
     words = review.text.split()
-    return " ".join(words[:count]), " ".join(words[count:])
+    prompt, answer = words[:count], words[count:]
+    return (" ".join(prompt), " ".join(answer)) if len(answer) >= _FEWEST_WORDS_LEFT else None
 
 
 def _distinct_rows(reviews: Sequence[Review], taken: set[str]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for review in reviews:
-        prompt = prompt_of(review)
-        if prompt is not None and prompt not in taken:
+        prompt, answer = halves(review) or ("", "")
+        if prompt and prompt not in taken:
             taken.add(prompt)
-            answer = _halves(review)[1]
             rows.append({"prompt": prompt, "answer": answer, "rating": round(review.rating, 2), "id": review.id})
     return rows

@@ -1,7 +1,7 @@
 """What the demo's reward can be, beyond what --reward of the reward server takes by itself.
 
 `model` is trained here on the human ratings, `composite` is VADER, a length and that model, `remote` is a reward server
-in front of another one, and `go` (or another language) is the example server in that language.
+in front of another one, and `go` is the example server in that language.
 """
 
 from __future__ import annotations

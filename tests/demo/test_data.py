@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from demo.corpus import Review
-from demo.data import prompt_of, split_reviews, write_prompts
+from demo.data import halves, split_reviews, write_prompts
 
 REVIEWS = [Review(i, i / 100, " ".join(f"word{i % 7}{j}" for j in range(i % 30))) for i in range(300)]
 
@@ -18,13 +18,14 @@ def test_the_split_is_the_same_every_time_and_leaves_nothing_out() -> None:
 
 def test_prompts_are_first_words_and_leave_something_to_write() -> None:
     for review in REVIEWS:
-        prompt = prompt_of(review)
-        if prompt is None:
+        both = halves(review)
+        if both is None:
             assert len(review.text.split()) < 10
         else:
-            assert review.text.startswith(prompt)
+            prompt, answer = both
+            assert f"{prompt} {answer}" == " ".join(review.text.split())
             assert 4 <= len(prompt.split()) <= 6
-            assert len(review.text.split()) >= len(prompt.split()) + 4
+            assert len(answer.split()) >= 4
 
 
 def test_no_prompt_of_the_evaluation_is_trained_on(tmp_path: Path) -> None:
