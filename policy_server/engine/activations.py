@@ -1,16 +1,28 @@
-"""Activations that transformers computes in many steps, in one."""
+"""GELU in the form that GPT-2 has, in few passes."""
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = _LINEAR * 0.044715
+
 
 def fuse(module: PreTrainedModel) -> None:
-    """Compute GELU by its tanh, as GPT-2 has it, with torch's own function: equal but for rounding."""
+    """Let a model's GELUs by tanh be computed by `gelu`: equal but for rounding."""
     for layer in module.modules():
         if type(layer) is NewGELUActivation:
-            layer.forward = partial(F.gelu, approximate="tanh")  # type: ignore[method-assign]
+            layer.forward = gelu  # type: ignore[assignment]
+
+
+def gelu(inputs: Tensor) -> Tensor:
+    """x/2 · (1 + tanh u) with u = √(2/π) · (x + 0.044715 x³), written as x · sigmoid(2u).
+
+    On a CPU torch's tanh takes three times as long as its sigmoid.
+    """
+    twice_u = (inputs * inputs).mul_(_CUBIC).add_(_LINEAR).mul_(inputs)
+    return twice_u.sigmoid_().mul_(inputs)

@@ -63,6 +63,10 @@ class BatchEngine(Engine):
         pack_weights: bool = True,
         observer: EngineObserver | None = None,
     ) -> None:
+        self._parameters = ParameterTable(models.policy)
+        self._linears: PackedLinears | None = None
+        if pack_weights and not reproducible and can_pack(models.policy):
+            self._linears = PackedLinears(models.policy)
         self._models = {
             POLICY: ServedModel(
                 POLICY,
@@ -79,10 +83,6 @@ class BatchEngine(Engine):
                 reproducible=reproducible,
             ),
         }
-        self._parameters = ParameterTable(models.policy)
-        self._linears: PackedLinears | None = None
-        if pack_weights and not reproducible and can_pack(models.policy):
-            self._linears = PackedLinears(models.policy)
         # The service encodes on the event loop with the original, at the same time.
         self._decoder = TokenDecoder(copy.deepcopy(models.tokenizer))
         self._scorers = {name: Scorer(model) for name, model in self._models.items()}

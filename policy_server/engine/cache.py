@@ -42,6 +42,16 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._end += columns
         return self._show()
 
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one column [rows, heads, width], and return all keys and values: [rows × heads, time, width]."""
+        assert self.keys is not None
+        self._make_room((key.unsqueeze(-2), value.unsqueeze(-2)), rows=self._rows, after=1)
+        for room, new in zip(self._rooms, (key, value), strict=True):
+            room[: self._rows, :, self._end] = new
+        self._end += 1
+        keys, values = self._show()
+        return keys.flatten(0, 1), values.flatten(0, 1)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep rows in that order. Rows of the end that fill the places of others move; any other order copies all."""
         if not self.is_initialized:

@@ -29,9 +29,9 @@ class Cohort:
 
     def step(self) -> Tensor:
         """Feed each row's last token; returns the logits of what follows, [rows, vocab]."""
-        token_ids = torch.tensor([[row.completion[-1]] for row in self.rows], device=self.model.device)
-        self.mask = torch.cat([self.mask, torch.ones_like(token_ids)], dim=-1)
-        return self.model.logits(token_ids, self.mask, keep=1, cache=self.cache)[:, -1]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=-1)
+        token_ids = [row.completion[-1] for row in self.rows]
+        return self.model.step(token_ids, [row.length - 1 for row in self.rows], self.mask, self.cache)
 
     def drop_dead_rows(self) -> None:
         """Free the rows that want no more tokens, and the columns that are padding in all that remain."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from policy_server.engine import activations, attention
 from policy_server.engine import cache as caches
+from policy_server.engine.lean import lean_forward
 from policy_server.engine.protocol import WeightsVersion
 
 _CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len")
@@ -21,6 +23,7 @@ _FALLBACK_CONTEXT = 2048  # for models without positions to run out of (ALiBi an
 class ServedModel:
     """A model under its name on the wire, with the version of its weights.
 
+    Linear layers have to compute as they will from now on.
     reproducible: take no shortcut whose last bits could depend on more than weights and inputs.
 
     Raises ValueError for a model that can't continue from a key-value cache.
@@ -56,6 +59,7 @@ class ServedModel:
         limits = [limit for limit in (*own_limits, max_context_tokens) if limit is not None]
         self.max_context_tokens: int = min(limits, default=_FALLBACK_CONTEXT)
         self.eos_token_ids = _eos_token_ids(module, config)
+        self.lean = None if reproducible or not _exact_on_cpu(module) else lean_forward(module)
         with torch.inference_mode():
             probe = torch.zeros((1, 1), dtype=torch.long, device=self.device)
             self.vocab_size: int = self.logits(probe, torch.ones_like(probe), keep=1).shape[-1]
@@ -75,6 +79,16 @@ class ServedModel:
         logits: Tensor = self.module(**arguments, past_key_values=cache, use_cache=cache is not None).logits
         return logits[:, -keep:]
 
+    def step(self, token_ids: Sequence[int], positions: Sequence[int], mask: Tensor, cache: Cache) -> Tensor:
+        """Append a token to each row of the cache, and return the logits of what follows: [rows, vocab].
+
+        mask: int64 [rows, cached + 1], 1 = token, 0 = padding.
+        """
+        column = torch.tensor(token_ids, device=self.device)
+        if self.lean is None:
+            return self.logits(column.unsqueeze(-1), mask, keep=1, cache=cache)[:, -1]
+        return self.lean.logits(column, torch.tensor(positions, device=self.device), mask, cache)
+
     def inputs(self, token_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """The arguments of a forward, with position_ids where the architecture has them."""
         arguments: dict[str, Any] = {"input_ids": token_ids, "attention_mask": mask}
@@ -82,6 +96,10 @@ class ServedModel:
             positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
             arguments["position_ids"] = positions[:, -token_ids.shape[-1] :]
         return arguments
+
+
+def _exact_on_cpu(module: PreTrainedModel) -> bool:
+    return module.device.type == "cpu" and module.dtype == torch.float32
 
 
 def _eos_token_ids(module: PreTrainedModel, config: Any) -> tuple[int, ...]:

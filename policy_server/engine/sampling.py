@@ -64,20 +64,16 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
     """Sample one token per row of `logits` [rows, vocab], any dtype; log-probabilities are computed in float32."""
     raw = logits.float()
     scores = process(raw, draws)
-    token_ids, valid = _choose(scores, draws)
-    chosen = token_ids.unsqueeze(-1)
+    token_ids, logprobs, valid = _choose(scores, draws)
     raw_logprobs: list[float] = []
-    processed_logprobs: list[float] = []
     if any(each.raw_logprob for each in draws):
-        raw_logprobs = _logprobs(raw, chosen)
-    if any(each.processed_logprob and not each.greedy for each in draws):
-        processed_logprobs = raw_logprobs if scores is raw and raw_logprobs else _logprobs(scores, chosen)
+        raw_logprobs = _raw_logprobs(raw, token_ids)
+    processed_logprobs: list[float] = logprobs.tolist()
     return Drawn(
         token_ids=token_ids.tolist(),
         raw_logprobs=[raw_logprobs[row] if each.raw_logprob else None for row, each in enumerate(draws)],
         processed_logprobs=[
-            None if not each.processed_logprob else 0.0 if each.greedy else processed_logprobs[row]
-            for row, each in enumerate(draws)
+            processed_logprobs[row] if each.processed_logprob else None for row, each in enumerate(draws)
         ],
         valid=valid.tolist(),
     )
@@ -132,8 +128,10 @@ def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -
     return result
 
 
-def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token whose cumulative probability exceeds `uniform`: (token ids int64 [rows], valid bool [rows]).
+def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first token whose cumulative probability exceeds `uniform`, and its log-probability.
+
+    Returns token ids int64 [rows], log-probabilities float32 [rows], and valid bool [rows].
 
     scores: [rows, vocab] float32, -inf = impossible; uniform: [rows] float64 in [0, 1]. Sums run in float64, first over
     blocks of tokens and then within the one that is met, which reads a large vocabulary once. The target stays below
@@ -154,7 +152,8 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.searchsorted(within.cumsum(dim=-1), target - before, right=True)
     # A block's sum and its tokens' may differ in the last bits: then it is the last token that can be.
     last = torch.where(within > 0, torch.arange(_BLOCK, device=scores.device), 0).amax(dim=-1, keepdim=True)
-    return (block * _BLOCK + torch.minimum(place, last)).squeeze(-1).clamp(max=vocab - 1), valid
+    token_ids = (block * _BLOCK + torch.minimum(place, last)).clamp(max=vocab - 1)
+    return token_ids.squeeze(-1), probabilities.gather(-1, token_ids).squeeze(-1).log(), valid
 
 
 def _blocks(probabilities: Tensor) -> Iterator[Tensor]:
@@ -167,21 +166,26 @@ def _blocks(probabilities: Tensor) -> Iterator[Tensor]:
         yield probabilities[:, whole:].unsqueeze(1)
 
 
-def _choose(scores: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    if all(each.greedy for each in draws):
+def _choose(scores: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, the logarithms of the probabilities that they were taken with, and which scores are numbers."""
+    greedy = [each.greedy for each in draws]
+    if all(greedy):
         best, token_ids = scores.max(dim=-1)
-        return token_ids, torch.isfinite(best)
+        return token_ids, torch.zeros_like(best), torch.isfinite(best)
     seeds = np.array([each.seed % SEEDS for each in draws], dtype=np.uint64)
     positions = np.array([each.position for each in draws], dtype=np.uint64)
     uniform = torch.from_numpy(uniforms(seeds, positions)).to(scores.device)
-    token_ids, valid = inverse_cdf(scores, uniform)
-    greedy = torch.tensor([each.greedy for each in draws], device=scores.device)
-    return torch.where(greedy, scores.argmax(dim=-1), token_ids), valid
+    token_ids, logprobs, valid = inverse_cdf(scores, uniform)
+    if any(greedy):
+        certain = torch.tensor(greedy, device=scores.device)
+        token_ids = torch.where(certain, scores.argmax(dim=-1), token_ids)
+        logprobs = logprobs.masked_fill(certain, 0.0)
+    return token_ids, logprobs, valid
 
 
-def _logprobs(scores: Tensor, chosen: Tensor) -> list[float]:
-    """Of the token `chosen` [rows, 1] in each row of scores [rows, vocab]."""
-    logprobs: list[float] = (scores.gather(-1, chosen) - torch.logsumexp(scores, dim=-1, keepdim=True))[:, 0].tolist()
+def _raw_logprobs(logits: Tensor, token_ids: Tensor) -> list[float]:
+    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    logprobs: list[float] = (chosen - torch.logsumexp(logits, dim=-1)).tolist()
     return logprobs
 
 
@@ -209,10 +213,9 @@ def _penalise(scores: Tensor, draws: Sequence[Draw], rows: Sequence[int]) -> Ten
 
 
 def _forbid(scores: Tensor, token_ids: Sequence[tuple[int, ...]]) -> Tensor:
-    scores = scores.clone()
-    for row, ids in enumerate(token_ids):
-        scores[row, list(ids)] = -math.inf
-    return scores
+    places = [row * scores.shape[-1] + token_id for row, ids in enumerate(token_ids) for token_id in ids]
+    index = torch.tensor(places, dtype=torch.long, device=scores.device)
+    return scores.flatten().index_fill(0, index, -math.inf).view_as(scores)
 
 
 def _top_k(scores: Tensor, k: Sequence[int]) -> Tensor:

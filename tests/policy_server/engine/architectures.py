@@ -17,9 +17,11 @@ from transformers import (
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     MptConfig,
     OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -44,6 +46,8 @@ SIZES = {
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt2": lambda: GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3, **COMMON),
     "llama": lambda: LlamaConfig(num_key_value_heads=4, **SIZES, **COMMON),
+    "mistral": lambda: MistralConfig(num_key_value_heads=2, sliding_window=None, **SIZES, **COMMON),
+    "mistral_sliding": lambda: MistralConfig(num_key_value_heads=2, sliding_window=6, **SIZES, **COMMON),
     "qwen2": lambda: Qwen2Config(num_key_value_heads=2, **SIZES, **COMMON),
     "qwen3": lambda: Qwen3Config(num_key_value_heads=2, head_dim=8, **SIZES, **COMMON),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES, **COMMON),
@@ -60,6 +64,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **COMMON,
     ),
     "cohere": lambda: CohereConfig(num_key_value_heads=2, logit_scale=0.25, **SIZES, **COMMON),
+    "phi": lambda: PhiConfig(num_key_value_heads=2, partial_rotary_factor=0.5, **SIZES, **COMMON),
     "opt": lambda: OPTConfig(
         hidden_size=32,
         ffn_dim=48,
@@ -84,8 +89,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def make_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random model in evaluation mode, its weights where the loader would put them."""
+    return model_from(CONFIGS[architecture](), seed=seed, dtype=dtype)
+
+
+def model_from(config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """As make_model."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]()).to(dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype)
     model.train(False)
     rehouse(model)
     return model

@@ -127,7 +127,7 @@ async def test_interactive_requests_pass_waiting_bulk_ones() -> None:
     "error", [torch.OutOfMemoryError("secret: a single row, so smaller can't be had"), RuntimeError("secret path")]
 )
 async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(error: Exception) -> None:
-    model = make_model("gpt2")
+    model = make_model("gpt_neox")
     failing = True
 
     def fail(*_: object) -> None:
@@ -135,7 +135,7 @@ async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(er
             raise error
 
     async with running(loaded(model)) as engine:
-        handle = model.transformer.h[1].register_forward_pre_hook(fail)
+        handle = model.gpt_neox.layers[1].register_forward_pre_hook(fail)
         with pytest.raises(RpcFailure) as of_prefill:
             await generate(engine, request([1]))
         with pytest.raises(RpcFailure) as of_scores:
@@ -156,7 +156,7 @@ async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(er
 
 async def test_what_ran_out_of_memory_succeeds_when_it_is_sent_again_as_told() -> None:
     """The model takes no more than two rows of a forward."""
-    model = make_model("gpt2")
+    model = make_model("gpt_neox")
 
     def fail(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
         if len(inputs[0]) > 2:
@@ -174,7 +174,7 @@ async def test_what_ran_out_of_memory_succeeds_when_it_is_sent_again_as_told() -
         pytest.fail("it never fits")
 
     async with running(loaded(model)) as engine:
-        with model.transformer.h[1].register_forward_pre_hook(fail):
+        with model.gpt_neox.layers[1].register_forward_pre_hook(fail):
             asked = request([1, 2], n=8, max_new_tokens=4, min_new_tokens=4)
             assert await tries(lambda: generate(engine, asked)) == 3
             scored = ScoringRequest("r", "policy", [([1, 2], [3])] * 8)

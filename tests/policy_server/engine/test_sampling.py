@@ -138,8 +138,9 @@ def test_the_random_stream_of_a_seed_never_changes() -> None:
 def test_a_token_of_probability_zero_is_never_chosen(kept: set[int], scale: float, uniform: float, seed: int) -> None:
     scores = torch.full((1, VOCAB), -math.inf)
     scores[0, sorted(kept)] = torch.randn(len(kept), generator=torch.Generator().manual_seed(seed)) * scale
-    token, valid = inverse_cdf(scores, torch.tensor([uniform], dtype=torch.float64))
+    token, logprob, valid = inverse_cdf(scores, torch.tensor([uniform], dtype=torch.float64))
     assert valid.item()
+    assert logprob.item() == pytest.approx(torch.log_softmax(scores.double(), -1)[0, int(token)].item(), abs=1e-4)
     assert torch.softmax(scores, -1)[0, int(token)] > 0
 
 
@@ -158,12 +159,14 @@ def test_summing_by_blocks_chooses_what_one_sum_chooses(vocab: int, possible: fl
     scores[:, vocab // 2] = 0.0
     uniform = torch.rand(400, generator=random, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, ALMOST_ONE])
-    token, valid = inverse_cdf(scores, uniform)
+    token, logprob, valid = inverse_cdf(scores, uniform)
     cumulative = torch.softmax(scores, -1).double().cumsum(-1)
     target = torch.minimum(uniform * cumulative[:, -1], torch.nextafter(cumulative[:, -1], torch.zeros(1).double()))
     expected = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
     assert valid.all()
     assert token.tolist() == expected.tolist()
+    exact = scores.double().log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(logprob.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("row", [Sampling(), Sampling(temperature=0.6, top_k=5), Sampling(top_p=0.8)])
