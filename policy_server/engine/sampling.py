@@ -133,14 +133,14 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor
 
     Returns token ids int64 [rows], log-probabilities float32 [rows], and valid bool [rows].
 
-    scores: [rows, vocab] float32, -inf = impossible; uniform: [rows] float64 in [0, 1]. Sums run in float64, first over
-    blocks of tokens and then within the one that is met, which reads a large vocabulary once. The target stays below
-    the total, and a token of probability 0 is never chosen.
+    scores: [rows, vocab] float32, -inf = impossible; uniform: [rows] float64 in [0, 1]. Sums of blocks of tokens are
+    accumulated first, then the tokens of the one that is met, both in float64: that reads a large vocabulary once. The
+    target stays below the total, and a token of probability 0 is never chosen.
     """
     probabilities = torch.softmax(scores, dim=-1)
     vocab = scores.shape[-1]
-    blocks = [block.sum(dim=-1, dtype=torch.float64) for block in _blocks(probabilities)]
-    cumulative = torch.cat(blocks, dim=-1).cumsum(dim=-1)
+    blocks = [block.sum(dim=-1) for block in _blocks(probabilities)]
+    cumulative = torch.cat(blocks, dim=-1).double().cumsum(dim=-1)
     total = cumulative[:, -1]
     valid = torch.isfinite(total) & (total > 0)
     below = torch.nextafter(total, torch.zeros_like(total))
