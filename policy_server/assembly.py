@@ -90,6 +90,7 @@ async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
         weights_root=settings.weights_root,
         max_staging_bytes=settings.max_staging_bytes
         or sum(math.prod(parameter.shape) * 4 for parameter in engine.parameters()),
+        keep_staging=settings.keep_staging,
     )
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy_service, server.grpc)  # type: ignore[no-untyped-call]
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights_service, server.grpc)  # type: ignore[no-untyped-call]

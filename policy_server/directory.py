@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from policy_server.manifest import ManifestEntry
 from policy_server.staging import Staging
-from rlhf.failures import data_loss, invalid_argument, permission_denied
+from rlhf.failures import RpcFailure, data_loss, invalid_argument, permission_denied
 from rlhf.tensors import dtype_name, xxh3_64
 
 _FIELD = "begin.directory.path"
+_READERS = 4  # reading and hashing leave the interpreter free
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -53,7 +55,7 @@ def resolve_below(root: Path | None, relative: str) -> Path:
 
 
 def fill_from_directory(staging: Staging, root: Path, folder: Path) -> None:
-    """Read every tensor of `staging` from the safetensors files in `folder`; blocks, so call it on a thread.
+    """Read every tensor of `staging` from the safetensors files in `folder`, several at once; blocks.
 
     Raises invalid_argument for a tensor that is missing, in two files, or of another dtype or shape than the manifest
     says; data_loss for bytes without the hash of the manifest; permission_denied for a link out of `root`.
@@ -65,10 +67,20 @@ def fill_from_directory(staging: Staging, root: Path, folder: Path) -> None:
             if name in places:
                 raise invalid_argument(_FIELD, f"{name[:200]!r} is in two files")
             places[name] = place
-    for entry, view in zip(staging.entries, staging.views(), strict=True):
+    for entry in staging.entries:
         if entry.name not in places:
             raise invalid_argument(_FIELD, f"no file holds {entry.name!r}")
-        _read_tensor(places[entry.name], entry, view)
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as readers:
+        read = [
+            readers.submit(_read_tensor, places[entry.name], entry, view)
+            for entry, view in zip(staging.entries, staging.views(), strict=True)
+        ]
+        try:
+            for tensor in read:
+                tensor.result()
+        except RpcFailure:
+            readers.shutdown(cancel_futures=True)
+            raise
 
 
 def _inside(root: Path, path: Path) -> Path:

@@ -35,7 +35,7 @@ SWAP_SECONDS = Histogram(
     buckets=_LATENCY_BUCKETS,
 )
 UPDATES = Counter("rlhf_policy_weights_updates_total", "Weight updates by how they ended.", ["outcome"])
-STAGED_BYTES = Gauge("rlhf_policy_weights_staged_bytes", "Memory that the update being staged holds.")
+STAGED_BYTES = Gauge("rlhf_policy_weights_staged_bytes", "Memory held for weight updates.")
 WEIGHTS_INFO = Gauge("rlhf_policy_weights_info", "1 for the run whose weights are live; empty = none yet.", ["run_id"])
 WEIGHTS_INCARNATION = Gauge("rlhf_policy_weights_incarnation", "Incarnation of the live weights.")
 WEIGHTS_VERSION = Gauge("rlhf_policy_weights_version", "Version of the live weights.")

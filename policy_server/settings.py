@@ -74,3 +74,6 @@ class PolicySettings(ServerSettings):
         description="Largest update held beside the live weights; unset = every parameter of the policy in float32.",
         json_schema_extra={"unit": "bytes"},
     )
+    keep_staging: bool = Field(
+        default=True, description="Keep the memory of a weight update for the next one: faster, as new memory is slow."
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -53,11 +54,15 @@ class Coverage:
 
 
 class Staging:
-    """The tensors of one update, filled from chunks or from files."""
+    """The tensors of one update, filled from chunks or from files.
 
-    def __init__(self, entries: Sequence[ManifestEntry]) -> None:
+    former: tensors of an update that is over, whose memory is taken where it fits: a system hands out new memory more
+    slowly than a network fills it.
+    """
+
+    def __init__(self, entries: Sequence[ManifestEntry], former: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.entries = tuple(entries)
-        self.tensors: dict[str, Tensor] = {entry.name: allocate(entry.dtype, entry.shape) for entry in entries}
+        self.tensors: dict[str, Tensor] = {entry.name: _memory_for(entry, former.get(entry.name)) for entry in entries}
         self._bytes = [byte_view(self.tensors[entry.name]) for entry in entries]
         self._coverage = [Coverage(entry.size) for entry in entries]
 
@@ -99,3 +104,9 @@ class Staging:
     def views(self) -> list[memoryview]:
         """The writable bytes of every tensor, by index, for a source that fills them whole."""
         return self._bytes
+
+
+def _memory_for(entry: ManifestEntry, former: Tensor | None) -> Tensor:
+    if former is not None and (former.dtype, tuple(former.shape)) == (entry.dtype, entry.shape):
+        return former
+    return allocate(entry.dtype, entry.shape)

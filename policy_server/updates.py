@@ -6,8 +6,11 @@ import asyncio
 import enum
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from policy_server import metrics
 from policy_server.engine.protocol import InFlight, WeightsVersion
@@ -56,6 +59,8 @@ class Update:
     """One update, from its first stream to its end and as a memory after it."""
 
     opening: Opening
+    former: Mapping[str, Tensor] = field(default_factory=dict)
+    """Memory of an update that is over."""
     state: UpdateState = UpdateState.STAGING
     manifest: bytes | None = None
     staging: Staging | None = None
@@ -88,16 +93,22 @@ class Update:
             raise invalid_argument(field, f"not the manifest that update {self.opening.update_id!r} had before")
         if self.state is UpdateState.STAGING and self.staging is None:
             try:
-                self.staging = Staging(entries)
+                self.staging = Staging(entries, self.former)
             except (MemoryError, RuntimeError) as error:  # torch's allocator raises RuntimeError
                 raise overloaded("no memory to stage the update now", retry_after=5.0) from error
+            self.former = {}
             metrics.STAGED_BYTES.set(self.staging.size)
 
 
 class UpdateBook:
-    """At most one update is staged at a time; those that ended are remembered without their tensors."""
+    """At most one update is staged at a time; those that ended are remembered without their tensors.
 
-    def __init__(self) -> None:
+    keep_staging: hold on to the memory of an update for the next one.
+    """
+
+    def __init__(self, *, keep_staging: bool = True) -> None:
+        self._keep_staging = keep_staging
+        self._spare: Mapping[str, Tensor] = {}
         self._current: Update | None = None
         self._updates: OrderedDict[str, Update] = OrderedDict()
 
@@ -117,7 +128,8 @@ class UpdateBook:
                 raise invalid_argument("begin.update_id", f"update {opening.update_id!r} began with something else")
         else:
             self._make_way(opening)
-            update = self._current = self._updates[opening.update_id] = Update(opening)
+            update = self._current = self._updates[opening.update_id] = Update(opening, self._spare)
+            self._spare = {}
             self._updates.move_to_end(opening.update_id)
             while len(self._updates) > _REMEMBERED_UPDATES:
                 self._updates.popitem(last=False)
@@ -145,12 +157,14 @@ class UpdateBook:
     def end(self, update: Update, state: UpdateState) -> None:
         """The update is over: only its fate is kept."""
         update.state = state
-        update.staging = None
+        if self._keep_staging and (state is UpdateState.APPLIED or update.swap is None):  # nobody reads it any more
+            self._spare = update.former if update.staging is None else update.staging.tensors
+        update.staging, update.former = None, {}
         update.swap = None
         update.streams.clear()
         if self._current is update:
             self._current = None
-            metrics.STAGED_BYTES.set(0)
+            metrics.STAGED_BYTES.set(sum(tensor.nbytes for tensor in self._spare.values()))
         metrics.UPDATES.labels(state.value).inc()
 
     def _make_way(self, opening: Opening) -> None:

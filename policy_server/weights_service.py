@@ -50,13 +50,19 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     """UpdateWeights and GetWeights of the policy; the engine swaps, this decides whether it may."""
 
     def __init__(
-        self, engine: Engine, *, readiness: Readiness, weights_root: Path | None, max_staging_bytes: int
+        self,
+        engine: Engine,
+        *,
+        readiness: Readiness,
+        weights_root: Path | None,
+        max_staging_bytes: int,
+        keep_staging: bool = True,
     ) -> None:
         self._engine = engine
         self._readiness = readiness
         self._weights_root = weights_root
         self._max_staging_bytes = max_staging_bytes
-        self._updates = UpdateBook()
+        self._updates = UpdateBook(keep_staging=keep_staging)
         self._instance_id = uuid.uuid4().hex
         metrics.show_live_weights(self._live())
 

@@ -165,12 +165,9 @@ class BatchEngine(Engine):
         """Swap weights in between two decode steps; see `Engine.load_weights`. A cancelled caller's swap is dropped."""
         worker = self._accepting_worker()
         future: asyncio.Future[WeightsVersion] = asyncio.get_running_loop().create_future()
-        job = SwapJob(tensors, version, if_current, in_flight, future, packed=None if self._linears else {})
+        job = SwapJob(tensors, version, if_current, in_flight, future)
         self._mailbox.put(partial(worker.swap, job))
         try:
-            if self._linears is not None:
-                packed = await asyncio.to_thread(self._linears.pack, tensors)
-                self._mailbox.put(partial(worker.swap_packed, job, packed))
             return await job.future
         finally:
             job.cancelled = True

@@ -49,11 +49,4 @@ class SwapJob:
     if_current: WeightsVersion | None
     in_flight: InFlight
     future: asyncio.Future[WeightsVersion]
-    packed: Mapping[int, Tensor] | None
-    """Copies of the tensors for PackedLinears; None while they are made."""
     cancelled: bool = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether nothing outside the engine's thread has to happen first: a copy that is not made comes by mail."""
-        return self.cancelled or self.packed is not None

@@ -1,12 +1,12 @@
 """Linear layers whose weights lie in memory once more, in the order in which oneDNN reads them.
 
-On a CPU that makes products of a few rows half as fast again, and those of many a tenth. The copies are made beside a running engine, and take the
-place of the old ones in a swap.
+On a CPU that makes products of a few rows half as fast again, and those of many a tenth. After new weights the layers
+compute with the weights themselves until their copies are made again, one matrix at a time between decode steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _TYPICAL_ROWS = 64
 
 
 class PackedLinears:
-    """The linear layers of a model. Each decodes with a copy of its weight from here on."""
+    """The linear layers of a model. Each computes with a copy of its weight from here on."""
 
     def __init__(self, module: PreTrainedModel) -> None:
         self._layers: dict[int, list[_PackedLinear]] = {}  # by the id of the weight, which tied layers share
@@ -27,27 +27,34 @@ class PackedLinears:
             if isinstance(layer, nn.Linear | Conv1D) and type(layer) in (nn.Linear, Conv1D):
                 self._layers.setdefault(id(layer.weight), []).append(_PackedLinear(layer))
         self._weights = {
-            name: parameter
+            name: id(parameter)
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if id(parameter) in self._layers
         }
-        self.exchange(self.pack(self._weights))
+        self._stale: list[int] = []
+        self.drop(self._weights)
+        while self.stale:
+            self.pack_one()
 
-    def pack(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Copies of those parameters' tensors that are weights here; changes nothing, and may run on any thread."""
-        packed: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            for name, tensor in tensors.items():
-                weight = self._weights.get(name)
-                if weight is not None and id(weight) not in packed:
-                    packed[id(weight)] = self._layers[id(weight)][0].pack(tensor.to(weight.dtype))
-        return packed
+    @property
+    def stale(self) -> bool:
+        """Whether some layer has no copy now."""
+        return bool(self._stale)
 
-    def exchange(self, packed: Mapping[int, Tensor]) -> None:
-        """Decode with these copies from now on."""
-        for weight, copy in packed.items():
+    def drop(self, names: Iterable[str]) -> None:
+        """Let go of the copies of these parameters, as far as there are any."""
+        for weight in dict.fromkeys(self._weights[name] for name in names if name in self._weights):
             for layer in self._layers[weight]:
-                layer.copy = copy
+                layer.copy = None
+            if weight not in self._stale:
+                self._stale.append(weight)
+
+    def pack_one(self) -> None:
+        """Make one missing copy of a weight as it is now."""
+        layers = self._layers[self._stale.pop(0)]
+        copy = layers[0].pack()
+        for layer in layers:
+            layer.copy = copy
 
 
 def can_pack(module: PreTrainedModel) -> bool:
@@ -64,15 +71,17 @@ class _PackedLinear:
 
     def __init__(self, layer: nn.Linear | Conv1D) -> None:
         self._is_transposed = isinstance(layer, Conv1D)
+        self._weight: Tensor = layer.weight
         self._bias: Tensor | None = layer.bias
         self._plain = layer.forward
         self.copy: Tensor | None = None
         layer.forward = self._forward  # type: ignore[method-assign]
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """A copy of `weight` as oneDNN wants it."""
-        weight = weight.t() if self._is_transposed else weight
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
+    def pack(self) -> Tensor:
+        """A copy of the weight as oneDNN wants it."""
+        with torch.inference_mode():
+            weight = self._weight.t() if self._is_transposed else self._weight
+            packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         return packed
 
     def _forward(self, inputs: Tensor) -> Tensor:

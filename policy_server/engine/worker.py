@@ -1,7 +1,8 @@
 """The engine's thread: it alone touches the models, and does one thing after another.
 
 A round is: what callers ask for, a swap if one is due, rows that join, one token for every running row, one
-micro-batch of scores. So nothing starves, and a cancellation or a swap waits for one decode step at most.
+micro-batch of scores, one matrix to pack after a swap. So nothing starves, and a cancellation or a swap waits for one
+decode step at most.
 """
 
 from __future__ import annotations
@@ -115,10 +116,6 @@ class EngineWorker:
         """Take in new weights; swaps happen in the order in which they came."""
         self._swaps.append(job)
 
-    def swap_packed(self, job: SwapJob, packed: Mapping[int, Tensor]) -> None:
-        """The copies that a swap waited for are made."""
-        job.packed = packed
-
     def stop(self, finish_within: float) -> None:
         """Leave when nothing is left to do, or after `finish_within` seconds."""
         self._stop_at = time.monotonic() + finish_within
@@ -143,11 +140,13 @@ class EngineWorker:
         return self._stop_at is not None and (not self._busy() or time.monotonic() >= self._stop_at)
 
     def _busy(self) -> bool:
-        swap = bool(self._swaps) and self._swaps[0].ready
-        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or swap)
+        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or self._swaps)
+
+    def _packs(self) -> bool:
+        return self._linears is not None and self._linears.stale
 
     def _round(self) -> None:
-        for task in self._mailbox.take(wait=not self._busy() and self._stop_at is None):
+        for task in self._mailbox.take(wait=not (self._busy() or self._packs()) and self._stop_at is None):
             task()
         self._prune()
         self._swap_if_due()
@@ -157,6 +156,7 @@ class EngineWorker:
             self._outbox.flush()
         self._prune()
         self._score_one()
+        self._pack_one()
         self._show_load()
 
     # Generation
@@ -298,8 +298,7 @@ class EngineWorker:
     def _swap_if_due(self) -> None:
         while self._swaps:
             job = self._swaps[0]
-            waits = job.in_flight is InFlight.WAIT and self._policy_runs()
-            if not job.ready or (waits and not job.cancelled):
+            if job.in_flight is InFlight.WAIT and self._policy_runs() and not job.cancelled:
                 return
             self._swaps.popleft()
             if not job.cancelled:
@@ -314,7 +313,7 @@ class EngineWorker:
             check_swap(job.version, self._policy.version, job.if_current)
             self._parameters.load(job.tensors)
             if self._linears is not None:
-                self._linears.exchange(job.packed or {})
+                self._linears.drop(job.tensors)
         except Exception as error:
             if not isinstance(error, RpcFailure):
                 _log.exception("Weights could not be copied")
@@ -363,6 +362,14 @@ class EngineWorker:
         for row in rows:
             row.abort()
             self._deliver(row)
+
+    def _pack_one(self) -> None:
+        if self._linears is None or not self._linears.stale:
+            return
+        try:
+            self._linears.pack_one()
+        except (MemoryError, RuntimeError):  # torch's allocator raises RuntimeError
+            _log.exception("No memory for a copy of a weight: its layers decode with the weight itself")
 
     # Ends
 

@@ -246,6 +246,27 @@ async def test_failed_updates_leave_no_staged_copy_in_memory(served: Served, oth
             await publish(served, stream)
 
     await until(nothing_is_staged, within=5.0)
+    assert held() == 0
+
+
+@pytest.mark.parametrize("keep_staging", [True, False])
+async def test_the_memory_of_an_update_is_kept_for_the_next_or_given_back(
+    tiny_model: Path, other_model: Path, keep_staging: bool
+) -> None:
+    others = weights_of(other_model)
+    half = {name: tensor.to(torch.bfloat16) if name == EMBEDDING else tensor for name, tensor in others.items()}
+    async with serving(other_model) as loaded, serving(tiny_model, keep_staging=keep_staging) as served:
+        initial, other = await greedy(served), await greedy(loaded)
+        tokens = []
+        for number, tensors in enumerate((others, weights_of(tiny_model), half, others), start=1):
+            await publish(served, update(tensors, version(number)))
+            assert held() == (sum(tensor.nbytes for tensor in tensors.values()) if keep_staging else 0)
+            tokens.append(await greedy(served))
+    assert [tokens[0], tokens[1], tokens[3]] == [other, initial, other]
+
+
+def held() -> int:
+    return int(metrics.STAGED_BYTES._value.get())
 
 
 async def test_without_memory_to_stage_the_writer_is_told_when_to_come_back(
@@ -253,7 +274,7 @@ async def test_without_memory_to_stage_the_writer_is_told_when_to_come_back(
 ) -> None:
     stream = update(weights_of(other_model), version(1))
 
-    def no_memory(_: object) -> Staging:
+    def no_memory(*_: object) -> Staging:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:
