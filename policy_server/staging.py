@@ -76,18 +76,19 @@ class Staging:
         if chunk.tensor >= len(self.entries):
             raise invalid_argument("chunk.tensor", f"{chunk.tensor} is beyond the {len(self.entries)} of the manifest")
         entry = self.entries[chunk.tensor]
-        end = chunk.offset + len(chunk.data)
-        if not chunk.data or len(chunk.data) > MAX_CHUNK_BYTES:
+        data = chunk.data  # each look at the field copies it
+        end = chunk.offset + len(data)
+        if not data or len(data) > MAX_CHUNK_BYTES:
             raise invalid_argument("chunk.data", f"must hold from 1 to {MAX_CHUNK_BYTES} bytes")
         if end > entry.size:
             raise invalid_argument(
                 "chunk.offset", f"bytes {chunk.offset} to {end} are beyond the {entry.size} of {entry.name!r}"
             )
-        if xxh3_64(chunk.data) != chunk.xxh3_64:
+        if xxh3_64(data) != chunk.xxh3_64:
             raise data_loss(f"bytes {chunk.offset} to {end} of {entry.name!r} do not have the xxh3_64 sent with them")
         if not self._coverage[chunk.tensor].claim(chunk.offset, end, part):
             raise invalid_argument("chunk.offset", f"bytes {chunk.offset} to {end} of {entry.name!r} came before")
-        self._bytes[chunk.tensor][chunk.offset : end] = chunk.data
+        self._bytes[chunk.tensor][chunk.offset : end] = data
 
     def release(self, part: int) -> None:
         """Forget what came in `part`: its stream was cut."""

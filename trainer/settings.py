@@ -122,6 +122,11 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     )
 
     rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight", json_schema_extra=_unit("calls"))
+    weights_folder: Path | None = Field(
+        None,
+        description="The policy server's --weights-root as this process sees it: weights go through a file there, "
+        "which is faster than the stream on one host",
+    )
     policy_timeout: float = Field(
         300.0, gt=0, description="Deadline of one Generate or LogProbs call", json_schema_extra=_unit("seconds")
     )

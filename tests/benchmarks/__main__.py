@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m tests.benchmarks [rollout publish score …]`."""
+"""Run the benchmarks: `python -m tests.benchmarks [rollout swap score …]`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import publish, rollout, score
+from tests.benchmarks import rollout, score, swap
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import StartProcess, process_factory
 
 BENCHMARKS: Mapping[str, Callable[[Path, StartProcess, int], Awaitable[Any]]] = {
     "rollout": rollout.measure,
-    "publish": publish.measure,
+    "swap": swap.measure,
     "score": score.measure,
 }
 

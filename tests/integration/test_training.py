@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.training import World, assert_accounted_once, assert_finished, metric, published
+from tests.integration.training import (
+    World,
+    assert_accounted_once,
+    assert_finished,
+    assert_same_bits,
+    metric,
+    published,
+)
 from tests.support.processes import wait_for
 from trainer.model import AutoModelForCausalLMWithValueHead
 
@@ -102,6 +109,15 @@ def test_every_prompt_is_accounted_once_and_none_is_held_out(finished: tuple[Wor
     assert [line["outcome"] for line in lines] == ["trained"] * STEPS * ROWS_PER_STEP
     held_out = {sample["prompt"] for sample in world.lines("run", "samples.jsonl", "evaluation")}
     assert held_out.isdisjoint(f"The film {line['row']} was" for line in lines)
+
+
+def test_weights_that_go_through_files_train_to_the_same_bits(world: World, uninterrupted: str) -> None:
+    trainer = world.trainer("through files", run_id="files", weights_folder=world.weights_folder)
+    assert_finished(trainer)
+
+    assert_same_bits(world, "through files", uninterrupted)
+    assert not list(world.weights_folder.iterdir())
+    assert "reads no folder" not in trainer.log_text()
 
 
 def test_a_finished_run_has_nothing_to_resume_and_needs_no_server(finished: tuple[World, dict[str, float]]) -> None:

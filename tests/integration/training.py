@@ -35,6 +35,8 @@ class World:
         self.folder = folder
         self.start = start
         self.model = make_tiny_gpt2(folder / "model")
+        self.weights_folder = folder / "weights"
+        self.weights_folder.mkdir()
         self.data = folder / "data.jsonl"
         rows = ({"prompt": f"The film {row} was", "stars": row % 5} for row in range(ROWS))
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -50,7 +52,8 @@ class World:
         self.reward = self.reward_server(listen=self.reward.address)
 
     def _policy_server(self, *, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
-        return self.start("policy_server", "--model", str(self.model), *POLICY_FLAGS, listen=listen)
+        flags = (*POLICY_FLAGS, "--weights-root", str(self.weights_folder))
+        return self.start("policy_server", "--model", str(self.model), *flags, listen=listen)
 
     def reward_server(
         self, source: str = VOWELS, *, listen: str = "127.0.0.1:0", name: str = "vowels"

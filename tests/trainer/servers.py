@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
+from safetensors.torch import load_file
 
 from rlhf.channel import REQUEST_ID_KEY, RUN_ID_KEY, STEP_KEY
 from rlhf.failures import RpcFailure, to_status
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.tensors import byte_view, xxh3_64
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 
 Score = Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]
@@ -171,9 +174,15 @@ def completed(
 
 
 class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
-    """Keeps what is published as bytes by name, and cuts streams or loses answers when told to."""
+    """Keeps what is published as bytes by name, and cuts streams or loses answers when told to.
 
-    def __init__(self, *, instance: str = "first", live: policy_pb2.WeightsVersion | None = None) -> None:
+    root: it reads files below.
+    """
+
+    def __init__(
+        self, *, instance: str = "first", live: policy_pb2.WeightsVersion | None = None, root: Path | None = None
+    ) -> None:
+        self.root = root
         self.instance = instance
         self.live = live or policy_pb2.WeightsVersion()
         self.tensors: dict[str, bytes] = {}
@@ -204,7 +213,11 @@ class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
                 case "chunk":
                     data.setdefault(message.chunk.tensor, bytearray()).extend(message.chunk.data)
         assert begin is not None
-        self.tensors = {spec.name: bytes(data[index]) for index, spec in enumerate(specs)}
+        if begin.WhichOneof("source") == "directory":
+            assert self.root is not None
+            self.tensors = dict(_read_files(self.root / begin.directory.path, specs))
+        else:
+            self.tensors = {spec.name: bytes(data[index]) for index, spec in enumerate(specs)}
         self.live = begin.weights
         self._states[begin.update_id] = weights_pb2.UPDATE_STATE_APPLIED
         if self.lose_answer:
@@ -218,8 +231,17 @@ class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
             live=self.live,
             state=self._states.get(request.update_id, weights_pb2.UPDATE_STATE_UNSPECIFIED),
             max_parts=1,
+            features=["directory"] if self.root is not None else [],
             server_instance_id=self.instance,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(self, server)
+
+
+def _read_files(folder: Path, specs: Sequence[weights_pb2.TensorSpec]) -> Iterator[tuple[str, bytes]]:
+    tensors = {name: tensor for file in folder.iterdir() for name, tensor in load_file(file).items()}
+    for spec in specs:
+        data = bytes(byte_view(tensors[spec.name]))
+        assert xxh3_64(data) == spec.xxh3_64
+        yield spec.name, data

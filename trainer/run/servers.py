@@ -39,6 +39,7 @@ class Servers:
             on_new_server=self._check_policy_server,
             watch=waits.watch("policy"),
             metadata=metadata,
+            shared_folder=settings.weights_folder,
         )
         self.policy = PolicyClient(
             settings.policy_server,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,6 +16,7 @@ from rlhf.failures import RpcFailure, internal
 from rlhf.policy.v1 import policy_pb2
 from tests.trainer.servers import MemoryWeights, serving
 from trainer.clients.publisher import PublishError, WeightPublisher
+from trainer.clients.weight_files import written
 from trainer.versions import WeightsVersion
 
 FAST = RetryPolicy(initial=0.01, maximum=0.05)
@@ -32,6 +35,10 @@ async def publisher_to(server: MemoryWeights, **options: object) -> AsyncIterato
             yield publisher
         finally:
             await publisher.close()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
 
 
 async def test_the_server_gets_the_very_bytes_under_their_names() -> None:
@@ -56,6 +63,46 @@ async def test_a_tensor_above_a_megabyte_is_cut_into_chunks() -> None:
         await publisher.publish([("large", large)], version(1))
 
     assert server.tensors["large"] == large.numpy().tobytes()
+
+
+async def test_weights_go_through_a_folder_that_both_sides_see_and_nothing_stays_there(tmp_path: Path) -> None:
+    server = MemoryWeights(root=tmp_path)
+    column = torch.arange(6.0).reshape(3, 2)[:, 1]  # not contiguous
+
+    async with publisher_to(server, shared_folder=tmp_path) as publisher:
+        await publisher.publish([*TENSORS, ("column", column)], version(1))
+
+    assert server.updates[0].WhichOneof("source") == "directory"
+    assert server.tensors["b.bias"] == TENSORS[1][1].view(torch.uint8).numpy().tobytes()
+    assert server.tensors["column"] == column.numpy().tobytes()
+    assert names(tmp_path) == []
+
+
+async def test_what_a_killed_trainer_left_in_the_folder_goes_with_the_next_publish(tmp_path: Path) -> None:
+    server = MemoryWeights(root=tmp_path)
+    (tmp_path / "others").mkdir()
+    async with publisher_to(server, shared_folder=tmp_path) as publisher:
+        async with written(tmp_path, f"run {publisher.target}", TENSORS) as files:
+            shutil.copytree(tmp_path / files.folder, tmp_path / f"{files.folder}left")
+        assert len(names(tmp_path)) == 2
+        await publisher.publish(TENSORS, version(1))
+    assert names(tmp_path) == ["others"]
+
+
+async def test_a_server_that_reads_no_folder_gets_the_stream_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = MemoryWeights()
+    async with publisher_to(server, shared_folder=tmp_path) as publisher:
+        await publisher.publish(TENSORS, version(1))
+    assert server.updates[0].WhichOneof("source") == "stream"
+    assert "reads no folder" in caplog.text
+
+
+async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    async with publisher_to(MemoryWeights(root=tmp_path), shared_folder=tmp_path / "absent") as publisher:
+        with pytest.raises(PublishError, match=r"cannot be written to .*absent"):
+            await publisher.publish(TENSORS, version(1))
 
 
 async def test_a_cut_stream_is_sent_again_until_it_is_live() -> None:
