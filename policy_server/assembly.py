@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import socket
 import time
@@ -13,6 +14,8 @@ import transformers
 
 from policy_server.engine.batch import BatchEngine
 from policy_server.engine.loading import LoadedModels, load_models
+from policy_server.engine.protocol import Engine
+from policy_server.engine.transformers_engine import TransformersEngine
 from policy_server.metrics import MetricsObserver
 from policy_server.prompts import PromptEncoder
 from policy_server.readiness import Readiness
@@ -56,7 +59,7 @@ async def serve(settings: PolicySettings) -> None:
         await engine.stop(finish_within=0.0)  # whatever could finish has finished in the server's grace
 
 
-async def add_services(server: Server, settings: PolicySettings) -> BatchEngine:
+async def add_services(server: Server, settings: PolicySettings) -> Engine:
     """Load the models, start an engine over them, and put both services on `server`; returns the running engine.
 
     Raises ModelError.
@@ -110,8 +113,9 @@ def _require_free(listen: str) -> None:
             raise BindError(f"policy can't listen on {listen}: another process does") from error
 
 
-def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:
+def _load(settings: PolicySettings) -> tuple[LoadedModels, Engine]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # it has a handler of its own
     try:
         models = load_models(
             settings.model,
@@ -120,16 +124,29 @@ def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:
             device=settings.device,
             reproducible=settings.reproducible,
         )
-        engine = BatchEngine(
+        engine = _new_engine(settings, models)
+    except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what can't be had
+        raise ModelError(f"cannot load the model: {error}") from error
+    return models, engine
+
+
+def _new_engine(settings: PolicySettings, models: LoadedModels) -> Engine:
+    if settings.engine == "transformers":
+        return TransformersEngine(
             models,
             max_batch_rows=settings.max_batch_rows,
             max_queue_requests=settings.max_queue_requests,
             max_context_tokens=settings.max_context_tokens,
             score_tokens=settings.score_tokens,
-            reproducible=settings.reproducible,
-            pack_weights=settings.pack_weights,
             observer=MetricsObserver(),
         )
-    except (OSError, ValueError, RuntimeError) as error:  # what transformers and torch raise for what can't be had
-        raise ModelError(f"cannot load the model: {error}") from error
-    return models, engine
+    return BatchEngine(
+        models,
+        max_batch_rows=settings.max_batch_rows,
+        max_queue_requests=settings.max_queue_requests,
+        max_context_tokens=settings.max_context_tokens,
+        score_tokens=settings.score_tokens,
+        reproducible=settings.reproducible,
+        pack_weights=settings.pack_weights,
+        observer=MetricsObserver(),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from rlhf.config import ServerSettings
@@ -29,6 +29,9 @@ class PolicySettings(ServerSettings):
         ge=1,
         description="CPU threads of the model; unset = torch's choice. Equal bits need equal threads.",
         json_schema_extra={"unit": "threads"},
+    )
+    engine: Literal["own", "transformers"] = Field(
+        default="own", description="What runs the policy: our batches, or transformers' own continuous batching."
     )
     reproducible: bool = Field(
         default=False,
@@ -77,3 +80,9 @@ class PolicySettings(ServerSettings):
     keep_staging: bool = Field(
         default=True, description="Keep the memory of a weight update for the next one: faster, as new memory is slow."
     )
+
+    @model_validator(mode="after")
+    def _engine_can_reproduce(self) -> PolicySettings:
+        if self.reproducible and self.engine == "transformers":
+            raise ValueError('engine = "transformers" batches requests with others: it can\'t be reproducible')
+        return self

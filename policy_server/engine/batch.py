@@ -32,6 +32,7 @@ from policy_server.engine.protocol import (
     ScoringRequest,
     WeightsVersion,
 )
+from policy_server.engine.runner import CohortRunner, Runner
 from policy_server.engine.scoring import Scorer, plan
 from policy_server.engine.streams import DeltaStream, StreamItems
 from policy_server.engine.weights import ParameterTable
@@ -48,7 +49,8 @@ class BatchEngine(Engine):
     their first forward. max_context_tokens: prompt and completion, bounded by the model's own limit (None = that).
     score_tokens: padded tokens of one scoring micro-batch, and of one prefill. reproducible: rows of different
     requests never share a batch (load the models with the same setting). pack_weights: on a CPU in float32, keep the
-    policy's linear weights a second time, in the order that is fastest to decode with.
+    policy's linear weights a second time, in the order that is fastest to decode with. shortcuts: where it is right,
+    our own attention, activations and decode step in the place of the architecture's.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class BatchEngine(Engine):
         score_tokens: int = 8192,
         reproducible: bool = False,
         pack_weights: bool = True,
+        shortcuts: bool = True,
         observer: EngineObserver | None = None,
     ) -> None:
         self._parameters = ParameterTable(models.policy)
@@ -73,14 +76,14 @@ class BatchEngine(Engine):
                 models.policy,
                 weights_digest=models.policy_digest,
                 max_context_tokens=max_context_tokens,
-                reproducible=reproducible,
+                reproducible=reproducible or not shortcuts,
             ),
             REFERENCE: ServedModel(
                 REFERENCE,
                 models.reference,
                 weights_digest=models.reference_digest,
                 max_context_tokens=max_context_tokens,
-                reproducible=reproducible,
+                reproducible=reproducible or not shortcuts,
             ),
         }
         # The service encodes on the event loop with the original, at the same time.
@@ -100,6 +103,7 @@ class BatchEngine(Engine):
         """Start the engine's thread; results come to the running event loop."""
         self._worker = EngineWorker(
             policy=self._models[POLICY],
+            runner=self._new_runner(),
             parameters=self._parameters,
             linears=self._linears,
             scorers=self._scorers,
@@ -188,6 +192,9 @@ class BatchEngine(Engine):
             eos_token_ids=served.eos_token_ids,
             max_context_tokens=served.max_context_tokens,
         )
+
+    def _new_runner(self) -> Runner:
+        return CohortRunner(reproducible=self._reproducible)
 
     def _model(self, name: str) -> ServedModel:
         try:

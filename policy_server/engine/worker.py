@@ -18,7 +18,6 @@ from torch import Tensor
 
 from policy_server.engine.admission import QueueLimit, RowChooser, WaitingGenerations
 from policy_server.engine.budget import Budget, translated
-from policy_server.engine.decoding import Cohort, prefill, prefill_tokens
 from policy_server.engine.detokenize import TokenDecoder
 from policy_server.engine.generation import Generation, Row
 from policy_server.engine.jobs import ScoringJob, SwapJob
@@ -27,6 +26,7 @@ from policy_server.engine.mailbox import Mailbox, Outbox
 from policy_server.engine.model import ServedModel
 from policy_server.engine.observer import EngineObserver, Phase
 from policy_server.engine.protocol import InFlight
+from policy_server.engine.runner import Runner
 from policy_server.engine.sampling import draw
 from policy_server.engine.scoring import Scorer
 from policy_server.engine.versions import check_precondition, check_swap
@@ -44,6 +44,7 @@ class EngineWorker:
         self,
         *,
         policy: ServedModel,
+        runner: Runner,
         parameters: ParameterTable,
         linears: PackedLinears | None,
         scorers: Mapping[str, Scorer],
@@ -56,6 +57,7 @@ class EngineWorker:
         outbox: Outbox,
     ) -> None:
         self._policy = policy
+        self._runner = runner
         self._parameters = parameters
         self._linears = linears
         self._scorers = scorers
@@ -71,7 +73,6 @@ class EngineWorker:
         self._open: dict[int, Generation] = {}
         self._waiting = WaitingGenerations()
         self._resuming: list[Row] = []
-        self._cohorts: list[Cohort] = []
         self._scorings: deque[ScoringJob] = deque()
         self._swaps: deque[SwapJob] = deque()
         self._stop_at: float | None = None
@@ -140,7 +141,7 @@ class EngineWorker:
         return self._stop_at is not None and (not self._busy() or time.monotonic() >= self._stop_at)
 
     def _busy(self) -> bool:
-        return bool(self._cohorts or self._resuming or self._waiting or self._scorings or self._swaps)
+        return bool(self._runner.rows or self._resuming or self._waiting or self._scorings or self._swaps)
 
     def _packs(self) -> bool:
         return self._linears is not None and self._linears.stale
@@ -151,9 +152,7 @@ class EngineWorker:
         self._prune()
         self._swap_if_due()
         self._admit()
-        for cohort in list(self._cohorts):
-            self._step(cohort)
-            self._outbox.flush()
+        self._runner.step(self)
         self._prune()
         self._score_one()
         self._pack_one()
@@ -162,7 +161,7 @@ class EngineWorker:
     # Generation
 
     def _admit(self) -> None:
-        running = len(self._running())
+        running = len(self._runner.rows)
         rows = self._chooser.resuming(self._resuming, running=running)
         if not rows:
             rows = self._chooser.waiting(
@@ -179,27 +178,8 @@ class EngineWorker:
             if not row.live:
                 self._deliver(row)
         rows = [row for row in rows if row.live]
-        if not rows:
-            return
-        try:
-            cohort, logits = prefill(rows[0].model, rows)
-            self._sample(cohort, logits)
-        except Exception as error:
-            self._fail_rows(rows, error)
-            return
-        self._observer.tokens(Phase.PREFILL, prefill_tokens(rows))
-        cohort.drop_dead_rows()
-        if not cohort.rows:
-            return
-        host = None if self._reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
-        if host is None:
-            self._cohorts.append(cohort)
-            return
-        try:
-            host.absorb(cohort)
-        except Exception as error:
-            self._fail_rows([*host.rows, *cohort.rows], error)
-            host.rows.clear()
+        if rows:
+            self._runner.start(rows, self)
 
     def _make_row(self, generation: Generation) -> Row | None:
         """The next completion's row; None = it can't be made, which ends the request."""
@@ -210,24 +190,14 @@ class EngineWorker:
             self._end(generation, translated(error))
             return None
 
-    def _step(self, cohort: Cohort) -> None:
-        started = time.perf_counter()
-        rows = list(cohort.rows)
-        try:
-            self._sample(cohort, cohort.step())
-            cohort.drop_dead_rows()
-        except Exception as error:
-            self._fail_rows(rows, error)
-            cohort.rows.clear()
-            return
-        self._observer.decode_step(seconds=time.perf_counter() - started, rows=len(rows))
-        self._observer.tokens(Phase.DECODE, len(rows))
+    # What the runner tells
 
-    def _sample(self, cohort: Cohort, logits: Tensor) -> None:
+    def sample(self, rows: Sequence[Row], logits: Tensor) -> list[int]:
+        """Draw a token for every row that wants one, and deliver what is due; see `RowOwner.sample`."""
         if self._reproducible:
             logits = logits.cpu()  # a sum over the vocabulary has no deterministic CUDA kernel
-        drawn = draw(logits, [row.draw() for row in cohort.rows])
-        for index, row in enumerate(cohort.rows):
+        drawn = draw(logits, [row.draw() for row in rows])
+        for index, row in enumerate(rows):
             if not row.live:
                 continue
             if not drawn.valid[index]:
@@ -235,6 +205,24 @@ class EngineWorker:
                 continue
             row.accept(drawn.token_ids[index], drawn.raw_logprobs[index], drawn.processed_logprobs[index])
             self._deliver(row)
+        return drawn.token_ids
+
+    def prefilled(self, tokens: int) -> None:
+        """Prompts were read."""
+        self._observer.tokens(Phase.PREFILL, tokens)
+
+    def decoded(self, rows: int, *, seconds: float) -> None:
+        """A batch got one token for each row."""
+        self._observer.decode_step(seconds=seconds, rows=rows)
+        self._observer.tokens(Phase.DECODE, rows)
+        self._outbox.flush()
+
+    def fail_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        """A forward for these rows failed."""
+        _log.error("A forward for %d completions failed", len(rows), exc_info=error)
+        failure = self._budget.failure(error, completions=len({*rows, *self._runner.rows}))
+        for row in rows:
+            self._end(row.generation, failure)
 
     def _deliver(self, row: Row) -> None:
         delta = row.take_delta()
@@ -248,13 +236,8 @@ class EngineWorker:
             if generation.unfinished == 0:
                 self._end(generation, None)
 
-    def _running(self) -> list[Row]:
-        return [row for cohort in self._cohorts for row in cohort.rows]
-
     def _prune(self) -> None:
-        for cohort in self._cohorts:
-            cohort.drop_dead_rows()
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        self._runner.drop_dead_rows()
         self._resuming = [row for row in self._resuming if row.live]
         self._waiting.drop_done()
         for job in [each for each in self._scorings if each.cancelled]:
@@ -275,7 +258,7 @@ class EngineWorker:
             _log.exception("A scoring micro-batch failed")
             failure = self._budget.failure(
                 error,
-                completions=len(self._running()),
+                completions=len(self._runner.rows),
                 scored=len(lengths),
                 scored_tokens=len(lengths) * max(lengths),
             )
@@ -325,12 +308,9 @@ class EngineWorker:
         self._outbox.resolve(job.future, job.version)
 
     def _after_swap(self, in_flight: InFlight) -> None:
-        running = [cohort for cohort in self._cohorts if cohort.model is self._policy]
-        rows = [row for cohort in running for row in cohort.rows]
-        rows += [row for row in self._resuming if row.model is self._policy]
+        rows = [row for row in [*self._runner.rows, *self._resuming] if row.model is self._policy]
         if in_flight is InFlight.RECOMPUTE:
-            self._cohorts = [cohort for cohort in self._cohorts if cohort not in running]
-            self._resuming = [*(row for row in self._resuming if row.model is not self._policy), *rows]
+            self._resuming += self._runner.forget(self._policy)
         elif in_flight is InFlight.ABORT:
             self._abort(rows)
         for key, generation in list(self._open.items()):
@@ -384,12 +364,6 @@ class EngineWorker:
         self._models.pop(id(generation), None)
         self._outbox.put(partial(generation.deliver, failure))
 
-    def _fail_rows(self, rows: Sequence[Row], error: Exception) -> None:
-        _log.error("A forward for %d completions failed", len(rows), exc_info=error)
-        failure = self._budget.failure(error, completions=len({*rows, *self._running()}))
-        for row in rows:
-            self._end(row.generation, failure)
-
     def _fail_everything(self, failure: RpcFailure) -> None:
         for task in self._mailbox.take(wait=False):
             task()
@@ -400,7 +374,7 @@ class EngineWorker:
         for swap in self._swaps:
             self._outbox.resolve(swap.future, failure)
         self._swaps.clear()
-        self._cohorts.clear()
+        self._runner.clear()
         self._resuming.clear()
         self._waiting.drop_done()
         self._show_load()
@@ -408,4 +382,4 @@ class EngineWorker:
     def _show_load(self) -> None:
         generations = sum(generation.admitted == 0 for generation in self._waiting)
         self._observer.queued(generations=generations, scorings=len(self._scorings))
-        self._observer.running(rows=len(self._running()))
+        self._observer.running(rows=len(self._runner.rows))

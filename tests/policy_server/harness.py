@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from policy_server.assembly import add_services
-from policy_server.engine.batch import BatchEngine
+from policy_server.engine.protocol import Engine
 from policy_server.settings import PolicySettings
 from rlhf.channel import open_channel
 from rlhf.failures import RpcFailure, from_rpc_error
@@ -33,7 +33,7 @@ class Served:
     """A running server and stubs on a channel to it."""
 
     server: Server
-    engine: BatchEngine
+    engine: Engine
     channel: grpc.aio.Channel
     policy: policy_pb2_grpc.PolicyServiceStub
     weights: weights_pb2_grpc.WeightsServiceStub

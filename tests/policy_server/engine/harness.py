@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from policy_server.engine.batch import BatchEngine
 from policy_server.engine.loading import LoadedModels
 from policy_server.engine.observer import Phase, SilentObserver
@@ -20,9 +22,17 @@ from policy_server.engine.protocol import (
     VersionSpan,
     WeightsVersion,
 )
+from policy_server.engine.transformers_engine import TransformersEngine
 
 INITIAL = WeightsVersion()
 FIRST, SECOND = WeightsVersion("run", 1, 1), WeightsVersion("run", 1, 2)
+
+ENGINES: dict[str, type[BatchEngine]] = {"own": BatchEngine, "transformers": TransformersEngine}
+NOT_PAGED = frozenset({"bloom", "falcon", "gemma2", "lfm2", "mpt"})
+"""Architectures that continuous batching does not run on a CPU; test_transformers_engine.py proves it."""
+
+tested = "own"
+"""The engine that `running` runs; the fixture each_engine sets it."""
 
 
 @dataclass
@@ -103,7 +113,12 @@ class Watcher(SilentObserver):
 
 @asynccontextmanager
 async def running(models: LoadedModels, **settings: Any) -> AsyncIterator[BatchEngine]:
-    engine = BatchEngine(models, **settings)
+    if tested == "transformers":
+        if models.policy.config.model_type in NOT_PAGED:
+            pytest.skip("refused by this engine")
+        if settings.pop("reproducible", False):
+            pytest.skip("not offered by this engine")
+    engine = ENGINES[tested](models, **settings)
     await engine.start()
     try:
         yield engine

@@ -11,6 +11,8 @@ from policy_server.engine.protocol import FinishReason
 from tests.policy_server.engine.architectures import CONFIGS, EOS, VOCAB, loaded, make_model
 from tests.policy_server.engine.harness import Gathered, Watcher, generate, request, running
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 PROMPTS = [[random.Random(length).randrange(VOCAB - 1) for _ in range(length)] for length in (1, 3, 4, 9, 17, 30)]
 
 

@@ -16,6 +16,8 @@ from rlhf.failures import RpcFailure
 from tests.policy_server.engine.architectures import CONFIGS, VOCAB, loaded, make_model
 from tests.policy_server.engine.harness import FIRST, INITIAL, Watcher, generate, request, running, until
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 Pairs = list[tuple[list[int], list[int]]]
 
 

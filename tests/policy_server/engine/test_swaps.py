@@ -35,6 +35,8 @@ from tests.policy_server.engine.harness import (
     until,
 )
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 LENGTH = 16
 
 

@@ -13,6 +13,8 @@ from rlhf.failures import RpcFailure
 from tests.policy_server.engine.architectures import loaded, make_model
 from tests.policy_server.engine.harness import Watcher, generate, request, running, until
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 ROUNDS = 40
 
 
