@@ -145,6 +145,7 @@ def _new_engine(settings: PolicySettings, models: LoadedModels) -> Engine:
         max_batch_rows=settings.max_batch_rows,
         max_queue_requests=settings.max_queue_requests,
         max_context_tokens=settings.max_context_tokens,
+        prefill_tokens=settings.prefill_tokens,
         score_tokens=settings.score_tokens,
         reproducible=settings.reproducible,
         pack_weights=settings.pack_weights,

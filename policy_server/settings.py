@@ -65,6 +65,12 @@ class PolicySettings(ServerSettings):
         description="max_new_tokens of a request that leaves it unset.",
         json_schema_extra={"unit": "tokens"},
     )
+    prefill_tokens: int = Field(
+        default=2048,
+        ge=1,
+        description="Most tokens of prompts that are read between two decode steps; longer ones are read in pieces.",
+        json_schema_extra={"unit": "tokens"},
+    )
     score_tokens: int = Field(
         default=4096, ge=1, description="Most tokens in one LogProbs forward.", json_schema_extra={"unit": "tokens"}
     )

@@ -52,7 +52,8 @@ def _attention(
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], width) * (scaling or width**-0.5)
     weights = torch.matmul(query, key.transpose(2, 3))
     if attention_mask is not None:
-        weights.masked_fill_(~attention_mask, -torch.inf)
+        # A padded query sees nothing: from -inf alone it would get no number, which spreads from there.
+        weights.masked_fill_(~attention_mask, torch.finfo(weights.dtype).min)
     output = torch.matmul(torch.softmax(weights, dim=-1), value)
     return output.reshape(rows, 1, heads, value.shape[-1]), None
 

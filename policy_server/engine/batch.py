@@ -47,7 +47,8 @@ class BatchEngine(Engine):
 
     max_batch_rows: completions that decode at once. max_queue_requests: requests (of either kind) that may wait for
     their first forward. max_context_tokens: prompt and completion, bounded by the model's own limit (None = that).
-    score_tokens: padded tokens of one scoring micro-batch, and of one prefill. reproducible: rows of different
+    prefill_tokens: padded tokens of prompts that are read between two decode steps. score_tokens: of one scoring
+    micro-batch, and of the prompts that are read together. reproducible: rows of different
     requests never share a batch (load the models with the same setting). pack_weights: on a CPU in float32, keep the
     policy's linear weights a second time, in the order that is fastest to decode with. shortcuts: where it is right,
     our own attention, activations and decode step in the place of the architecture's.
@@ -60,6 +61,7 @@ class BatchEngine(Engine):
         max_batch_rows: int = 64,
         max_queue_requests: int = 1024,
         max_context_tokens: int | None = None,
+        prefill_tokens: int = 2048,
         score_tokens: int = 8192,
         reproducible: bool = False,
         pack_weights: bool = True,
@@ -89,6 +91,7 @@ class BatchEngine(Engine):
         # The service encodes on the event loop with the original, at the same time.
         self._decoder = TokenDecoder(copy.deepcopy(models.tokenizer))
         self._scorers = {name: Scorer(model) for name, model in self._models.items()}
+        self._prefill_tokens = prefill_tokens
         self._reproducible = reproducible
         self._budget = Budget(max_batch_rows, score_tokens, fixed=reproducible)
         self._queue = QueueLimit(max_queue_requests)
@@ -194,7 +197,7 @@ class BatchEngine(Engine):
         )
 
     def _new_runner(self) -> Runner:
-        return CohortRunner(reproducible=self._reproducible)
+        return CohortRunner(prefill_tokens=self._prefill_tokens, reproducible=self._reproducible)
 
     def _model(self, name: str) -> ServedModel:
         try:

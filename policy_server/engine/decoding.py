@@ -68,33 +68,67 @@ def _places_filled(live: Sequence[bool]) -> list[int]:
     return [place if live[place] else last.pop() for place in range(count)]
 
 
-def prefill(model: ServedModel, rows: Sequence[Row]) -> tuple[Cohort, Tensor]:
-    """Run prompts and the tokens so far; returns the cohort and the logits of what follows, [rows, vocab].
+class Prefill:
+    """Prompts, and tokens so far, on their way into a cache: a rectangle that is read some columns at a time.
 
-    Completions that start from the same tokens are run once and their cache is copied.
+    Completions that start from the same tokens are read once, and their cache is copied at the end.
     """
-    sequences: list[list[int]] = []
-    sources: list[int] = []
-    fresh: dict[int, int] = {}
-    for row in rows:
-        source = fresh.setdefault(id(row.generation), len(sequences)) if row.fresh else len(sequences)
-        if source == len(sequences):
-            sequences.append([*row.prompt, *row.completion])
-        sources.append(source)
-        row.oldest_cache = model.version
-    width = max(map(len, sequences))
-    token_ids = torch.tensor([[0] * (width - len(each)) + each for each in sequences], device=model.device)
-    lengths = torch.tensor([len(each) for each in sequences], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= width - lengths.unsqueeze(-1)).long()
-    cache = model.new_cache()
-    logits = model.logits(token_ids, mask, keep=1, cache=cache)[:, -1]
-    if sources != list(range(len(sequences))):
-        caches.select(cache, sources, model.device)
-        index = torch.tensor(sources, device=model.device)
-        logits, mask = logits[index], mask[index]
-    return Cohort(model, list(rows), cache, mask), logits
 
+    def __init__(self, model: ServedModel, rows: Sequence[Row]) -> None:
+        self.model = model
+        self.rows = list(rows)
+        self.cache = model.new_cache()
+        self.tokens = sum({id(row.generation) if row.fresh else id(row): row.length for row in rows}.values())
+        self._sources: list[int] = []  # by row: its place in the rectangle
+        sequences: list[list[int]] = []
+        fresh: dict[int, int] = {}
+        for row in rows:
+            source = fresh.setdefault(id(row.generation), len(sequences)) if row.fresh else len(sequences)
+            if source == len(sequences):
+                sequences.append([*row.prompt, *row.completion])
+            self._sources.append(source)
+            row.oldest_cache = model.version
+        width = max(map(len, sequences))
+        lengths = torch.tensor([len(each) for each in sequences], device=model.device)
+        self._token_ids = torch.tensor([[0] * (width - len(each)) + each for each in sequences], device=model.device)
+        self._mask = (torch.arange(width, device=model.device) >= width - lengths.unsqueeze(-1)).long()
+        self._read = 0
 
-def prefill_tokens(rows: Sequence[Row]) -> int:
-    """Tokens, without padding, that `prefill` runs for these rows."""
-    return sum({id(row.generation) if row.fresh else id(row): row.length for row in rows}.values())
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Less = sooner: the priority and the arrival of the most urgent request."""
+        return min((int(row.generation.request.priority), row.generation.arrival) for row in self.rows)
+
+    def advance(self, tokens: int) -> Tensor | None:
+        """Read columns of about `tokens` tokens, padding included; the logits of what follows [rows, vocab] at the end.
+
+        Caches that hold more than keys and values are read at once.
+        """
+        sequences, width = self._token_ids.shape
+        columns = max(tokens // sequences, 1) if caches.is_plain(self.cache) else width
+        end = min(self._read + columns, width)
+        read = self._token_ids[:, self._read : end]
+        logits = self.model.logits(read, self._mask[:, :end], keep=1, cache=self.cache)[:, -1]
+        self._read = end
+        return logits[torch.tensor(self._sources, device=self.model.device)] if end == width else None
+
+    def cohort(self) -> Cohort:
+        """The rows, once all is read."""
+        if self._sources != list(range(len(self._token_ids))):
+            caches.select(self.cache, self._sources, self.model.device)
+            self._mask = self._mask[torch.tensor(self._sources, device=self.model.device)]
+        return Cohort(self.model, self.rows, self.cache, self._mask)
+
+    def drop_dead_rows(self) -> None:
+        """Free the rows that want no more tokens."""
+        live = [index for index, row in enumerate(self.rows) if row.live]
+        if len(live) == len(self.rows):
+            return
+        self.rows = [self.rows[index] for index in live]
+        kept = sorted({self._sources[index] for index in live})
+        self._sources = [kept.index(self._sources[index]) for index in live]
+        if kept and len(kept) < len(self._token_ids):
+            index = torch.tensor(kept, device=self.model.device)
+            self._token_ids, self._mask = self._token_ids[index], self._mask[index]
+            if self._read:
+                caches.select(self.cache, kept, self.model.device)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from policy_server.engine.decoding import Cohort, prefill, prefill_tokens
+from policy_server.engine.decoding import Cohort, Prefill
 from policy_server.engine.generation import Row
 from policy_server.engine.model import ServedModel
 
@@ -24,7 +24,7 @@ class RowOwner(Protocol):
         ...
 
     def prefilled(self, tokens: int) -> None:
-        """So many tokens of prompts and completions were read into a cache."""
+        """So many tokens of prompts and completions are in a cache now."""
         ...
 
     def decoded(self, rows: int, *, seconds: float) -> None:
@@ -52,7 +52,7 @@ class Runner(Protocol):
         ...
 
     def step(self, owner: RowOwner) -> None:
-        """One forward for all that run."""
+        """The next forward of all that run."""
         ...
 
     def drop_dead_rows(self) -> None:
@@ -69,41 +69,34 @@ class Runner(Protocol):
 
 
 class CohortRunner:
-    """Rows of a model in one rectangular batch. reproducible: what was not started together never shares a batch."""
+    """Rows of a model in one rectangular batch. A step reads some of the prompts that wait, and decodes what runs.
 
-    def __init__(self, *, reproducible: bool) -> None:
+    prefill_tokens: of prompts, padding included, that a step reads at most, so that decoding does not wait for a long
+    one. reproducible: what was not started together never shares a batch.
+    """
+
+    def __init__(self, *, prefill_tokens: int, reproducible: bool) -> None:
+        self._prefill_tokens = prefill_tokens
         self._reproducible = reproducible
+        self._prefills: list[Prefill] = []
         self._cohorts: list[Cohort] = []
 
     @property
     def rows(self) -> list[Row]:
         """All rows that run."""
-        return [row for cohort in self._cohorts for row in cohort.rows]
+        return [row for batch in self._batches() for row in batch.rows]
 
     def start(self, rows: Sequence[Row], owner: RowOwner) -> None:
-        """Prefill, sample each row's next token, and decode from then on together with what runs already."""
+        """Let the next steps read the rows' prompts, more urgent ones first, and decode from then on with what runs."""
         try:
-            cohort, logits = prefill(rows[0].model, rows)
-            owner.sample(cohort.rows, logits)
+            self._prefills.append(Prefill(rows[0].model, rows))
         except Exception as error:
             owner.fail_rows(rows, error)
-            return
-        owner.prefilled(prefill_tokens(rows))
-        cohort.drop_dead_rows()
-        if not cohort.rows:
-            return
-        host = None if self._reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
-        if host is None:
-            self._cohorts.append(cohort)
-            return
-        try:
-            host.absorb(cohort)
-        except Exception as error:
-            lost, host.rows = [*host.rows, *cohort.rows], []
-            owner.fail_rows(lost, error)
 
     def step(self, owner: RowOwner) -> None:
-        """One token for every row."""
+        """Some more of the prompts, and one token for every row whose prompt is read."""
+        if self._prefills:
+            self._advance(min(self._prefills, key=lambda each: each.urgency), owner)
         for cohort in list(self._cohorts):
             started = time.perf_counter()
             rows = list(cohort.rows)
@@ -118,16 +111,48 @@ class CohortRunner:
 
     def drop_dead_rows(self) -> None:
         """Free the rows that want no more tokens."""
-        for cohort in self._cohorts:
-            cohort.drop_dead_rows()
+        for batch in self._batches():
+            batch.drop_dead_rows()
+        self._prefills = [prefill for prefill in self._prefills if prefill.rows]
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
 
     def forget(self, model: ServedModel) -> list[Row]:
         """Drop a model's caches, and return the rows that had them."""
         rows = [row for row in self.rows if row.model is model]
+        self._prefills = [prefill for prefill in self._prefills if prefill.model is not model]
         self._cohorts = [cohort for cohort in self._cohorts if cohort.model is not model]
         return rows
 
     def clear(self) -> None:
         """Drop all caches."""
+        self._prefills.clear()
         self._cohorts.clear()
+
+    def _batches(self) -> list[Prefill | Cohort]:
+        return [*self._prefills, *self._cohorts]
+
+    def _advance(self, prefill: Prefill, owner: RowOwner) -> None:
+        try:
+            logits = prefill.advance(self._prefill_tokens)
+            if logits is None:
+                return
+            cohort = prefill.cohort()
+            owner.sample(cohort.rows, logits)
+        except Exception as error:
+            self._prefills.remove(prefill)
+            owner.fail_rows(prefill.rows, error)
+            return
+        self._prefills.remove(prefill)
+        owner.prefilled(prefill.tokens)
+        cohort.drop_dead_rows()
+        if not cohort.rows:
+            return
+        host = None if self._reproducible else next((c for c in self._cohorts if c.can_absorb(cohort)), None)
+        if host is None:
+            self._cohorts.append(cohort)
+            return
+        try:
+            host.absorb(cohort)
+        except Exception as error:
+            lost, host.rows = [*host.rows, *cohort.rows], []
+            owner.fail_rows(lost, error)

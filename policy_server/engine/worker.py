@@ -171,10 +171,11 @@ class EngineWorker:
                 # A swap that waits for what runs lets nothing new start.
                 started_only=bool(self._swaps) and self._swaps[0].in_flight is InFlight.WAIT,
             )
+            for row in rows:
+                if row.index == 0:
+                    self._queue.leave()
         self._waiting.drop_done()
         for row in rows:
-            if row.index == 0 and row.fresh:
-                self._queue.leave()
             if not row.live:
                 self._deliver(row)
         rows = [row for row in rows if row.live]
