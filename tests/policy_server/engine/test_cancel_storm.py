@@ -158,7 +158,7 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind_and_disturbs_nobod
         stayed = await storm(engine, everyone)
         await check_that_all_came_back(engine, watcher)
     assert watcher.most_rows == ROWS
-    assert watcher.cancelled_completions > count // 2
+    assert watcher.cancelled_completions > count // 3  # some callers leave after the end
     assert differing(stayed, quiet) <= ALLOWED_TIES
 
 
