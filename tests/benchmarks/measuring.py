@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,14 +37,23 @@ class Measurement:
 
 
 async def interleaved(
-    title: str, unit: str, alternatives: Mapping[str, Callable[[], Awaitable[float]]], *, rounds: int = 5
+    title: str,
+    unit: str,
+    alternatives: Mapping[str, Callable[[], Awaitable[float]]],
+    *,
+    rounds: int = 5,
+    rest: float = 0.0,
 ) -> Measurement:
-    """Run each alternative in turn, after one warm-up of each; an alternative returns how much work it did."""
+    """Run each alternative in turn, after one warm-up of each; an alternative returns how much work it did.
+
+    rest: seconds before each, for what the one before left to be done.
+    """
     for work in alternatives.values():
         await work()
     rates: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, work in alternatives.items():
+            await asyncio.sleep(rest)
             began = time.perf_counter()
             done = await work()
             rates[name].append(done / (time.perf_counter() - began))

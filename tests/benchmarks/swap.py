@@ -167,6 +167,7 @@ async def _rates(
                 "file in shared memory, writing included": file,
                 "file in shared memory that is there": standing_file,
             },
+            rest=1.0,  # a server on a CPU packs the weights once it has answered
         )
     finally:
         await streaming.close()
