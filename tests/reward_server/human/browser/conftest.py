@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, ConsoleMessage, Page, async_playwright
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reward_server.human.page_server import PageServer
 from reward_server.human.rules import Rules
@@ -29,16 +31,39 @@ OpenPage = Callable[..., Awaitable["Guest"]]
 
 
 class ServedSite(Site):
-    """A site at a URL."""
+    """A site at a URL, which may go down and come back there, or have another application in its place.
+
+    gate: while it is set to an event, ratings wait for that; `at_gate` tells that one does.
+    """
 
     url = ""
+    gate: asyncio.Event | None = None
+    _server: PageServer | None = None
+
+    async def serve(self, app: ASGIApp) -> None:
+        self.at_gate = asyncio.Event()
+
+        async def gated(scope: Scope, receive: Receive, send: Send) -> None:
+            if self.gate is not None and scope["type"] == "http" and scope["path"].endswith("/rating"):
+                self.at_gate.set()
+                await self.gate.wait()
+            await app(scope, receive, send)
+
+        self._server = PageServer(gated, self.url.removeprefix("http://") or "127.0.0.1:0", ())
+        self.url = await self._server.start()
+
+    async def go_down(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+        self._server = None
 
 
 class Guest:
     """One person's browser: a page with cookies of its own, and all that went wrong on it."""
 
-    def __init__(self, page: Page, url: str) -> None:
+    def __init__(self, page: Page, url: str, *, scripts: bool = True) -> None:
         self.page = page
+        self.scripts = scripts
         self.url = url
         self.wrong: list[str] = []
         page.on("console", self._heard)
@@ -50,12 +75,19 @@ class Guest:
         await self.page.get_by_label("Token").fill(token)
         await self.page.get_by_role("button", name="Sign in").click()
         await self.page.wait_for_url(f"{self.url}/")
+        await self.enhanced()
+
+    async def enhanced(self) -> None:
+        """Until htmx knows what is shown: before, forms are posted as plain ones, by a navigation."""
+        if self.scripts:
+            await self.page.locator("#main [data-htmx-powered]").first.wait_for(state="attached")
 
     async def press(self, key: str) -> None:
-        """Press a key that posts, until what it brings is shown."""
+        """Press a key that posts, until what it brings is shown and takes the next."""
         before = await self.page.locator("#main").element_handle()
         await self.page.keyboard.press(key)
         await self.page.wait_for_function("before => !before.isConnected", arg=before)
+        await self.enhanced()
 
     async def completion(self) -> str:
         return await self.page.locator(".completion .text").inner_text()
@@ -87,10 +119,9 @@ def rules() -> Rules:
 async def site(tmp_path: Path, rules: Rules) -> AsyncIterator[ServedSite]:
     site = await ServedSite.open(tmp_path, rules)
     assert isinstance(site, ServedSite)
-    server = PageServer(site.app(), "127.0.0.1:0", ())
-    site.url = await server.start()
+    await site.serve(site.app())
     yield site
-    await server.stop()
+    await site.go_down()
     await site.store.close()
 
 
@@ -101,7 +132,8 @@ async def open_page(browser: Browser, site: ServedSite) -> AsyncIterator[OpenPag
 
     async def open_page(**settings: Any) -> Guest:
         context = await browser.new_context(**settings)
-        guests.append(Guest(await context.new_page(), site.url))
+        scripts = settings.get("java_script_enabled", True)
+        guests.append(Guest(await context.new_page(), site.url, scripts=scripts))
         return guests[-1]
 
     yield open_page
