@@ -14,6 +14,7 @@ import transformers
 
 from policy_server.engine.batch import BatchEngine
 from policy_server.engine.loading import LoadedModels, load_models
+from policy_server.engine.memory import keep_freed_memory
 from policy_server.engine.protocol import Engine
 from policy_server.engine.transformers_engine import TransformersEngine
 from policy_server.metrics import MetricsObserver
@@ -41,6 +42,7 @@ class ModelError(Exception):
 async def serve(settings: PolicySettings) -> None:
     """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError."""
     _require_free(settings.listen)
+    keep_freed_memory()
     server = Server(
         "policy",
         listen=settings.listen,

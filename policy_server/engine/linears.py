@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# The order is chosen for so many; it is right for any.
-_TYPICAL_ROWS = 64
+from policy_server.engine.products import product_for
 
 
 class PackedLinears:
@@ -73,6 +72,7 @@ class _PackedLinear:
         self._is_transposed = isinstance(layer, Conv1D)
         self._weight: Tensor = layer.weight
         self._bias: Tensor | None = layer.bias
+        self._product = product_for(*(reversed(layer.weight.shape) if self._is_transposed else layer.weight.shape))
         self._plain = layer.forward
         self.copy: Tensor | None = None
         layer.forward = self._forward  # type: ignore[method-assign]
@@ -80,11 +80,9 @@ class _PackedLinear:
     def pack(self) -> Tensor:
         """A copy of the weight as oneDNN wants it."""
         with torch.inference_mode():
-            weight = self._weight.t() if self._is_transposed else self._weight
-            packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
-        return packed
+            return self._product.pack(self._weight.t() if self._is_transposed else self._weight)
 
     def _forward(self, inputs: Tensor) -> Tensor:
         if self.copy is None:
             return self._plain(inputs)
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.copy, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return self._product(inputs, self.copy, self._bias)

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from transformers.cache_utils import Cache
 
 from policy_server.engine.activations import gelu
-from policy_server.engine.lean.parts import StepAttention
+from policy_server.engine.lean.parts import StepAttention, filled
 
 
 class LeanGpt2:
@@ -28,11 +28,11 @@ class LeanGpt2:
     def logits(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """See LeanForward."""
         attention = StepAttention(mask, cache, heads=self._heads, key_heads=self._heads)
-        hidden = F.embedding(token_ids, self._tokens) + F.embedding(positions, self._positions)
+        hidden = F.embedding(filled(token_ids), self._tokens) + F.embedding(filled(positions), self._positions)
         for layer, block in enumerate(self._blocks):
             hidden = block.forward(hidden, layer, attention)
         logits: Tensor = self._head(_normed(hidden, self._norm))
-        return logits
+        return logits[: len(token_ids)]
 
 
 class _Block:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from policy_server.engine.lean.parts import StepAttention
+from policy_server.engine.lean.parts import StepAttention, filled
 
 
 class LeanLlama:
@@ -27,12 +27,12 @@ class LeanLlama:
     def logits(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """See LeanForward."""
         attention = StepAttention(mask, cache, heads=self._heads, key_heads=self._key_heads)
-        hidden = F.embedding(token_ids, self._tokens)
-        cosines, sines = self._rotations(hidden, positions.unsqueeze(-1))  # [rows, 1, width]
+        hidden = F.embedding(filled(token_ids), self._tokens)
+        cosines, sines = self._rotations(hidden, filled(positions).unsqueeze(-1))  # [filled rows, 1, width]
         for layer, block in enumerate(self._blocks):
             hidden = block.forward(hidden, layer, attention, cosines, sines)
         logits: Tensor = self._head(_normed(hidden, self._norm))
-        return logits
+        return logits[: len(token_ids)]
 
 
 class _Block:

@@ -6,9 +6,20 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from policy_server.engine.cache import GrowingLayer
+
+
+def filled(per_row: Tensor) -> Tensor:
+    """Values by row [rows, ...] with zeros after them, up to a number of rows that products take as it is.
+
+    They take multiples of 4, of 8 beyond 32, and would fill up each of their inputs.
+    """
+    rows = len(per_row)
+    missing = -rows % (4 if rows <= 32 else 8)
+    return F.pad(per_row, (0, missing)) if missing else per_row
 
 
 class LeanForward(Protocol):
@@ -25,23 +36,32 @@ class LeanForward(Protocol):
 class StepAttention:
     """Attention of one query per row to a cache, in all layers of one step.
 
-    mask: as `LeanForward.logits` has it. heads, key_heads: of every layer.
+    mask: as `LeanForward.logits` has it. heads, key_heads: of every layer. Rows after those of the mask are fillers.
     """
 
     def __init__(self, mask: Tensor, cache: Cache, *, heads: int, key_heads: int) -> None:
         self._cache = cache
         self._rows, self._heads, self._key_heads = len(mask), heads, key_heads
+        self._attended: Tensor | None = None
         self._bias = torch.zeros(1, 1, 1, device=mask.device)
         if not bool(mask.all()):
             bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, -torch.inf)
             self._bias = bias.repeat_interleave(key_heads, dim=0).unsqueeze(1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Append key and value [rows, key heads, width] to the layer's, and return what query [rows, heads, width]
-        makes of all values: [rows, heads × width].
+        """Append key and value [filled rows, key heads, width] to the layer's, and return what query [filled rows,
+        heads, width] makes of all values: [filled rows, heads × width], zeros for fillers, until the next call.
         """
-        keys, values = cast(GrowingLayer, self._cache.layers[layer]).append(key, value)
+        rows = self._rows
+        keys, values = cast(GrowingLayer, self._cache.layers[layer]).append(key[:rows], value[:rows])
         # Queries that share a key head are one matrix.
-        query = query.reshape(self._rows * self._key_heads, self._heads // self._key_heads, -1)
-        weights = torch.baddbmm(self._bias, query, keys.transpose(1, 2), alpha=scaling)
-        return torch.bmm(torch.softmax(weights, dim=-1), values).view(self._rows, -1)
+        group = (rows * self._key_heads, self._heads // self._key_heads, -1)
+        queries = query[:rows].reshape(group)
+        if group[1] == 1:  # the same memory either way round, and the other way takes a sixth longer
+            weights = torch.baddbmm(self._bias.mT, keys, queries.mT, alpha=scaling).mT
+        else:
+            weights = torch.baddbmm(self._bias, queries, keys.mT, alpha=scaling)
+        if self._attended is None:
+            self._attended = values.new_zeros(len(query), self._heads * values.shape[-1])
+        torch.bmm(torch.softmax(weights, dim=-1), values, out=self._attended[:rows].view(group))
+        return self._attended
