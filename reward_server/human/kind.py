@@ -62,8 +62,10 @@ class HumanReward(RewardKind):
         page = PageServer(app, options.listen, options.trusted_proxies)
         url = await page.start()
         self._parts.push_async_callback(page.stop)
-        observing = asyncio.create_task(self._observe())
-        self._parts.callback(observing.cancel)
+        closing = asyncio.Event()
+        # Never cancelled amid a query: its connection would be lost with the transaction still open.
+        self._parts.push_async_callback(asyncio.wait, [asyncio.create_task(self._observe(closing))])
+        self._parts.callback(closing.set)
         _log.info("people can rate", page=url)
         if not await self._store.raters():
             _log.warning("nobody can sign in yet: python -m reward_server.human add-rater NAME --database …")
@@ -94,8 +96,8 @@ class HumanReward(RewardKind):
                 _log.warning("waiting for the database of ratings", error=str(error))
                 await asyncio.sleep(_CONNECT_PAUSE_SECONDS)
 
-    async def _observe(self) -> None:
-        while True:
+    async def _observe(self, closing: asyncio.Event) -> None:
+        while not closing.is_set():
             try:
                 queue = await self._store.queue()
                 metrics.HUMAN_TICKETS.labels("waiting").set(queue.waiting)
@@ -105,4 +107,5 @@ class HumanReward(RewardKind):
                 pass  # the page and the trainer are told, and look again
             except Exception:
                 _log.exception("the queue of ratings cannot be counted")
-            await asyncio.sleep(_OBSERVE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(closing.wait(), _OBSERVE_SECONDS)

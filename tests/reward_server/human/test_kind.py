@@ -23,6 +23,7 @@ from reward_server.human.database import Database
 from reward_server.human.kind import HumanOptions, HumanReward
 from reward_server.human.rules import Rules, Scale
 from reward_server.human.store import Store
+from reward_server.human.tickets import Queue
 from reward_server.kinds import Limits, RewardLoadError
 from reward_server.results import Pending, Scored
 from rlhf.failures import RpcFailure
@@ -97,6 +98,29 @@ async def test_a_page_whose_port_is_taken_is_named(open_kind: OpenKind) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(BindError, match=address):
             await open_kind(listen=address)
+
+
+async def test_closing_lets_the_query_that_counts_the_queue_end(
+    open_kind: OpenKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting, go_on, counted = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    count = Store.queue
+
+    async def slow(store: Store) -> Queue:
+        counting.set()
+        await go_on.wait()
+        queue = await count(store)
+        counted.set()
+        return queue
+
+    monkeypatch.setattr(Store, "queue", slow)
+    kind = await open_kind()
+    async with asyncio.timeout(10):
+        await counting.wait()
+        closing = asyncio.create_task(kind.close())
+        go_on.set()
+        await closing
+    assert counted.is_set()
 
 
 async def test_a_database_that_waiting_does_not_mend_ends_the_start(open_kind: OpenKind, tmp_path: Path) -> None:
