@@ -8,20 +8,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from policy_server.engine.protocol import Sampling
 from policy_server.engine.sampling import Draw, draw
 from tests.policy_server.engine.architectures import EOS, VOCAB, loaded, make_model
 from tests.policy_server.engine.harness import generate, request, running
+from tests.policy_server.engine.processors import processed_by_transformers
 
 TOKENS = 200_000
 AT_ONCE = 20_000
@@ -56,20 +48,8 @@ def exact_logprobs(
     logits: Tensor, sampling: Sampling, *, history: Sequence[int], prompt: int, ending: Sequence[int]
 ) -> Tensor:
     """Log-probabilities in float64 of the token after `history`, whose first `prompt` tokens are the prompt."""
-    processors = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=sampling.repetition_penalty))
-    if sampling.min_new_tokens:
-        processors.append(MinNewTokensLengthLogitsProcessor(prompt, sampling.min_new_tokens, list(ending)))
-    processors.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        processors.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        processors.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0.0:
-        processors.append(MinPLogitsWarper(sampling.min_p))
-    processed: Tensor = processors(torch.tensor([history]), logits.double().unsqueeze(0))
-    return processed[0].log_softmax(dim=-1)
+    processed = processed_by_transformers(logits.double(), sampling, history=history, prompt=prompt, ending=ending)
+    return processed.log_softmax(dim=-1)
 
 
 def p_value(observed: Tensor, logprobs: Tensor) -> float:

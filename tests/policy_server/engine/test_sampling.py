@@ -7,18 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 
 from policy_server.engine.protocol import Sampling
 from policy_server.engine.sampling import Draw, draw, inverse_cdf, process, uniforms
+from tests.policy_server.engine.processors import processed_by_transformers
 
 VOCAB = 31
 ENDING = (3, 30)
@@ -36,21 +28,6 @@ settings_of_a_row = st.builds(
 )
 
 
-def by_transformers(logits: torch.Tensor, row: Sampling, history: list[int], prompt_length: int) -> torch.Tensor:
-    processors = LogitsProcessorList()
-    if row.repetition_penalty != 1.0:
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty=row.repetition_penalty))
-    processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, row.min_new_tokens, eos_token_id=list(ENDING)))
-    processors.append(TemperatureLogitsWarper(row.temperature))
-    if row.top_k:
-        processors.append(TopKLogitsWarper(row.top_k))
-    if row.top_p < 1.0:
-        processors.append(TopPLogitsWarper(row.top_p))
-    if row.min_p > 0.0:
-        processors.append(MinPLogitsWarper(row.min_p))
-    return processors(torch.tensor([history]), logits.unsqueeze(0))[0]
-
-
 @settings(deadline=None)
 @given(rows=st.lists(settings_of_a_row, min_size=1, max_size=5), seed=st.integers(0, 1000), position=st.integers(0, 5))
 def test_each_row_is_processed_as_transformers_processes_it_alone(
@@ -64,7 +41,8 @@ def test_each_row_is_processed_as_transformers_processes_it_alone(
     draws = [Draw(row, 0, position, ENDING, seen=seen if row.repetition_penalty != 1.0 else None) for row in rows]
     processed = process(logits, draws)
     for index, row in enumerate(rows):
-        assert torch.equal(processed[index], by_transformers(logits[index], row, history, 4))
+        expected = processed_by_transformers(logits[index], row, history=history, prompt=4, ending=ENDING)
+        assert torch.equal(processed[index], expected)
 
 
 @settings(deadline=None)
