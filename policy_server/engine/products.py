@@ -61,8 +61,10 @@ class Convolution:
     def __init__(self, out_features: int, in_features: int) -> None:
         self.shape = (out_features, in_features)
         weight = torch.rand(self.shape)  # equal bytes are equal orders
-        typical = self._packed(weight, _TYPICAL_HEIGHT)
-        self._heights = [height for height in _HEIGHTS if _same_bytes(self._packed(weight, height), typical)]
+        order = _bytes(self._packed(weight, _TYPICAL_HEIGHT))
+        self._heights = [
+            height for height in _HEIGHTS if height == _TYPICAL_HEIGHT or _bytes(self._packed(weight, height)) == order
+        ]
 
     def pack(self, weight: Tensor) -> Tensor:
         """See Product."""
@@ -96,9 +98,5 @@ def _convolution(out_features: int, in_features: int, _threads: int) -> Convolut
     return Convolution(out_features, in_features)
 
 
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    first, second = (
-        ctypes.string_at(int(torch.ops.mkldnn.data_ptr(each)), int(torch.ops.mkldnn._nbytes(each)))
-        for each in (one, other)
-    )
-    return first == second
+def _bytes(packed: Tensor) -> bytes:
+    return ctypes.string_at(int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed)))

@@ -13,9 +13,9 @@ from policy_server.engine.cache import GrowingLayer
 
 
 def filled(per_row: Tensor) -> Tensor:
-    """Values by row [rows, ...] with zeros after them, up to a number of rows that products take as it is.
+    """One value per row [rows], with zeros after them up to a number of rows that most products take as it is.
 
-    They take multiples of 4, of 8 beyond 32, and would fill up each of their inputs.
+    Those of products.py take multiples of 4, of 8 beyond 32, and would else fill up the input of each layer.
     """
     rows = len(per_row)
     missing = -rows % (4 if rows <= 32 else 8)
