@@ -353,6 +353,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert stepped == ROWS, "a row stayed free"
 
     def _read(self) -> None:
+        lived = [self.live]  # since the last look: more than one only at the stop, which is many rounds
         for asked in self.everyone:
             asked.read()
         for swap in [each for each in self.swaps if each.task.done() and not each.settled]:
@@ -366,6 +367,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if failure is None:
                 assert swap.task.result() == swap.version > self.live
                 self.live = swap.version
+                lived.append(self.live)
                 self.applied.append(swap)
             elif not self.stopped:
                 assert isinstance(failure, RpcFailure)
@@ -378,7 +380,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             failure = scoring.task.exception()
             if failure is None:
-                assert scoring.task.result().weights == self.live
+                weights = scoring.task.result().weights
+                assert weights in (lived if self.stopped else [self.live])
+                assert scoring.request.weights.exact in (None, weights)
                 assert [len(each) for each in scoring.task.result().logprobs] == [
                     len(completion) for _, completion in scoring.request.sequences
                 ]
