@@ -12,7 +12,8 @@ from functools import partial
 import torch
 import transformers
 
-from policy_server.engine.batch import BatchEngine
+from policy_server import metrics
+from policy_server.engine.batch import POLICY, BatchEngine
 from policy_server.engine.loading import LoadedModels, load_models
 from policy_server.engine.memory import keep_freed_memory
 from policy_server.engine.protocol import Engine
@@ -71,7 +72,14 @@ async def add_services(server: Server, settings: PolicySettings) -> Engine:
     began = time.perf_counter()
     models, engine = _load(settings)
     await engine.start()
-    _log.info("loaded", model=settings.model, seconds=round(time.perf_counter() - began, 1))
+    metrics.CACHE_LIMIT_BYTES.set(engine.cache_limit_bytes)
+    _log.info(
+        "loaded",
+        model=settings.model,
+        seconds=round(time.perf_counter() - began, 1),
+        cache_bytes=int(engine.cache_limit_bytes),
+        max_cached_tokens=engine.describe(POLICY).max_cached_tokens,
+    )
 
     server.register(POLICY_SERVICE, serving=False)
     server.register(WEIGHTS_SERVICE, serving=True)
@@ -115,7 +123,7 @@ def _require_free(listen: str) -> None:
             raise BindError(f"policy can't listen on {listen}: another process does") from error
 
 
-def _load(settings: PolicySettings) -> tuple[LoadedModels, Engine]:
+def _load(settings: PolicySettings) -> tuple[LoadedModels, BatchEngine]:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.WARNING)  # it has a handler of its own
     try:
@@ -132,7 +140,7 @@ def _load(settings: PolicySettings) -> tuple[LoadedModels, Engine]:
     return models, engine
 
 
-def _new_engine(settings: PolicySettings, models: LoadedModels) -> Engine:
+def _new_engine(settings: PolicySettings, models: LoadedModels) -> BatchEngine:
     if settings.engine == "transformers":
         return TransformersEngine(
             models,
@@ -147,6 +155,7 @@ def _new_engine(settings: PolicySettings, models: LoadedModels) -> Engine:
         max_batch_rows=settings.max_batch_rows,
         max_queue_requests=settings.max_queue_requests,
         max_context_tokens=settings.max_context_tokens,
+        cache_bytes=settings.cache_bytes,
         prefill_tokens=settings.prefill_tokens,
         score_tokens=settings.score_tokens,
         reproducible=settings.reproducible,

@@ -12,6 +12,8 @@ _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 QUEUED_REQUESTS = Gauge("rlhf_policy_queued_requests", "Requests that wait for their first forward.", ["kind"])
 RUNNING_COMPLETIONS = Gauge("rlhf_policy_running_completions", "Completions that hold a row of a batch.")
+CACHE_BYTES = Gauge("rlhf_policy_cache_bytes", "Memory that the key-value caches of these completions hold.")
+CACHE_LIMIT_BYTES = Gauge("rlhf_policy_cache_limit_bytes", "Memory that key-value caches may hold.")
 TOKENS = Counter("rlhf_policy_tokens_total", "Tokens through the model, padding left out.", ["phase"])
 DECODE_STEP_SECONDS = Histogram(
     "rlhf_policy_decode_step_seconds", "One token for each running completion.", buckets=_STEP_BUCKETS
@@ -23,6 +25,11 @@ FIRST_MESSAGE_SECONDS = Histogram(
     "rlhf_policy_first_message_seconds",
     "From a streaming request's arrival to its first message, with the first token at the default pacing.",
     buckets=_LATENCY_BUCKETS,
+)
+TOKEN_INTERVAL_SECONDS = Histogram(
+    "rlhf_policy_token_interval_seconds",
+    "From one message of a streamed completion to its next, for each token in that.",
+    buckets=_STEP_BUCKETS,
 )
 COMPLETIONS = Counter("rlhf_policy_completions_total", "Completions that ended.", ["finish_reason"])
 CANCELLED_COMPLETIONS = Counter(
@@ -49,9 +56,10 @@ class MetricsObserver:
         QUEUED_REQUESTS.labels("generate").set(generations)
         QUEUED_REQUESTS.labels("log_probs").set(scorings)
 
-    def running(self, *, rows: int) -> None:
-        """Completions that hold a row of a batch."""
+    def running(self, *, rows: int, cache_bytes: int) -> None:
+        """Completions that hold a row of a batch, and the memory of their caches."""
         RUNNING_COMPLETIONS.set(rows)
+        CACHE_BYTES.set(cache_bytes)
 
     def tokens(self, phase: Phase, count: int) -> None:
         """Tokens that went through one forward."""

@@ -102,10 +102,15 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         )
         arrived = time.perf_counter()
         prompt_token_ids: tuple[int, ...] = wanted.prompt_token_ids
+        last_message: dict[int, float] = {}
         async with aclosing(self._deltas(wanted)) as deltas:
             async for delta in deltas:
+                now = time.perf_counter()
                 if prompt_token_ids:
-                    metrics.FIRST_MESSAGE_SECONDS.observe(time.perf_counter() - arrived)
+                    metrics.FIRST_MESSAGE_SECONDS.observe(now - arrived)
+                if delta.index in last_message and delta.token_ids:
+                    metrics.TOKEN_INTERVAL_SECONDS.observe((now - last_message[delta.index]) / len(delta.token_ids))
+                last_message[delta.index] = now
                 completion = policy_pb2.Completion(
                     index=delta.index, text=delta.text, seed=(wanted.sampling.seed + delta.index) % _SEEDS
                 )
@@ -149,6 +154,8 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             logprobs=sorted(validation.LOGPROB_KINDS),
             max_completions=validation.MAX_COMPLETIONS,
             max_log_probs_tokens=self._announcement.max_log_probs_tokens,
+            max_running_completions=known.max_running_completions,
+            max_cached_tokens=known.max_cached_tokens,
         )
 
     async def _wanted(

@@ -59,6 +59,12 @@ class PolicySettings(ServerSettings):
         description="Most tokens of prompt and completion together; unset = what the model was made for.",
         json_schema_extra={"unit": "tokens"},
     )
+    cache_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory for key-value caches; unset = half of what is free at the start, an update's set aside.",
+        json_schema_extra={"unit": "bytes"},
+    )
     default_max_new_tokens: int = Field(
         default=256,
         ge=1,
@@ -91,4 +97,6 @@ class PolicySettings(ServerSettings):
     def _engine_can_reproduce(self) -> PolicySettings:
         if self.reproducible and self.engine == "transformers":
             raise ValueError('engine = "transformers" batches requests with others: it can\'t be reproducible')
+        if self.cache_bytes is not None and self.engine == "transformers":
+            raise ValueError('engine = "transformers" sizes its cache itself: leave cache_bytes out')
         return self

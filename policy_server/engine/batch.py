@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from policy_server.engine.jobs import ScoringJob, SwapJob
 from policy_server.engine.linears import PackedLinears, can_pack
 from policy_server.engine.loading import LoadedModels
 from policy_server.engine.mailbox import Mailbox, Outbox
+from policy_server.engine.memory import free_bytes
 from policy_server.engine.model import ServedModel
 from policy_server.engine.observer import EngineObserver, SilentObserver
 from policy_server.engine.protocol import (
@@ -41,17 +43,26 @@ from rlhf import failures
 
 POLICY, REFERENCE = "policy", "reference"
 
+_CACHE_SHARE = 0.5  # of free memory; forwards and scores need the rest
+_LEAST_CONTEXT = 2  # a token of prompt and one of completion
+
+_log = logging.getLogger(__name__)
+
 
 class BatchEngine(Engine):
     """An `Engine` (see protocol.py) over transformers models.
 
     max_batch_rows: completions that decode at once. max_queue_requests: requests (of either kind) that may wait for
     their first forward. max_context_tokens: prompt and completion, bounded by the model's own limit (None = that).
+    cache_bytes: memory for the key-value caches of all that runs (None = half of what is free now, an update of the
+    weights set aside); a context that it doesn't hold is not accepted, and completions wait for room in it.
     prefill_tokens: padded tokens of prompts that are read between two decode steps. score_tokens: of one scoring
     micro-batch, and of the prompts that are read together. reproducible: rows of different
     requests never share a batch (load the models with the same setting). pack_weights: on a CPU in float32, keep the
     policy's linear weights a second time, in the order that is fastest to decode with. shortcuts: where it is right,
     our own attention, activations and decode step in the place of the architecture's.
+
+    Raises ValueError where cache_bytes doesn't hold max_context_tokens, or not a single completion.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class BatchEngine(Engine):
         max_batch_rows: int = 64,
         max_queue_requests: int = 1024,
         max_context_tokens: int | None = None,
+        cache_bytes: float | None = None,
         prefill_tokens: int = 2048,
         score_tokens: int = 8192,
         reproducible: bool = False,
@@ -93,7 +105,12 @@ class BatchEngine(Engine):
         self._scorers = {name: Scorer(model) for name, model in self._models.items()}
         self._prefill_tokens = prefill_tokens
         self._reproducible = reproducible
-        self._budget = Budget(max_batch_rows, score_tokens, fixed=reproducible)
+        if cache_bytes is None:
+            update = sum(parameter.numel() for parameter in models.policy.parameters()) * torch.float32.itemsize
+            cache_bytes = max(free_bytes(models.policy.device) - update, 0) * _CACHE_SHARE
+        for model in self._models.values():
+            _fit_context(model, cache_bytes, wanted=max_context_tokens)
+        self._budget = Budget(max_batch_rows, score_tokens, fixed=reproducible, cache_bytes=cache_bytes)
         self._queue = QueueLimit(max_queue_requests)
         self._observer = observer or SilentObserver()
         self._mailbox = Mailbox()
@@ -139,8 +156,8 @@ class BatchEngine(Engine):
         model = self._model(request.model)
         self._queue.enter()
         items: StreamItems = asyncio.Queue()
-        generation = Generation(request, next(self._arrivals), items.put_nowait)
-        self._mailbox.put(partial(worker.submit, generation, model))
+        generation = Generation(request, model, next(self._arrivals), items.put_nowait)
+        self._mailbox.put(partial(worker.submit, generation))
         return DeltaStream(items, partial(self._mailbox.put, partial(worker.cancel, generation)))
 
     def cancel(self, request_id: str) -> None:
@@ -194,7 +211,17 @@ class BatchEngine(Engine):
             vocab_size=served.vocab_size,
             eos_token_ids=served.eos_token_ids,
             max_context_tokens=served.max_context_tokens,
+            max_running_completions=self._budget.rows,
+            max_cached_tokens=self._max_cached_tokens(served),
         )
+
+    @property
+    def cache_limit_bytes(self) -> float:
+        """Memory that key-value caches may hold."""
+        return self._budget.cache_bytes
+
+    def _max_cached_tokens(self, model: ServedModel) -> int:
+        return model.cached_tokens(self._budget.cache_bytes)
 
     def _new_runner(self) -> Runner:
         return CohortRunner(prefill_tokens=self._prefill_tokens, reproducible=self._reproducible)
@@ -209,3 +236,17 @@ class BatchEngine(Engine):
         if self._worker is None or not self._accepting:
             raise failures.unavailable("the engine is not running")
         return self._worker
+
+
+def _fit_context(model: ServedModel, memory: float, *, wanted: int | None) -> None:
+    """Lower max_context_tokens to what the memory for caches holds; raises ValueError if that is less than `wanted`."""
+    most = model.cached_tokens(memory, rows=1)
+    if most >= model.max_context_tokens:
+        return
+    has = f"the key-value cache has {memory:,.0f} bytes, which hold {most} tokens of a completion of the {model.name}"
+    if most < _LEAST_CONTEXT:
+        raise ValueError(f"{has}: give it more memory, or serve a smaller model")
+    if wanted is not None:
+        raise ValueError(f"{has}, and max_context_tokens is {wanted}")
+    _log.warning("%s: max_context_tokens is %d, not %d", has, most, model.max_context_tokens)
+    model.max_context_tokens = most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,14 @@ class Budget:
     """Completions over all batches, and padded tokens of one prefill or scoring forward; never below one sequence.
 
     Each time memory runs out it is halved for good: those who were told to come back would else run it out again.
-    fixed: it stays as it is, since what shares a batch must not change (reproducible).
+    fixed: it stays as it is, since what shares a batch must not change (reproducible). cache_bytes: of the caches of
+    all completions, without bound where the runner sees to it.
     """
 
     rows: int
     tokens: int
     fixed: bool
+    cache_bytes: float = math.inf
 
     def failure(self, error: Exception, *, completions: int, scored: int = 0, scored_tokens: int = 0) -> RpcFailure:
         """What those are told whose forward ended in `error`; when it was for want of memory, less runs from now on.

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 # Columns that a layer has room for beyond those it needs: more means less copying, and more memory.
-_SPARE_COLUMNS = 64
+SPARE_COLUMNS = 64
+_ROWS_PER_SPARE_ROW = 8
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -26,7 +27,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._rooms: tuple[Tensor, ...] = ()
+        self.rooms: tuple[Tensor, ...] = ()
         self._rows = self._start = self._end = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         states = (key_states, value_states)
         columns = key_states.shape[-2]
         self._make_room(states, rows=self._rows, after=columns)
-        for room, new in zip(self._rooms, states, strict=True):
+        for room, new in zip(self.rooms, states, strict=True):
             room[: self._rows, :, self._end : self._end + columns] = new
         self._end += columns
         return self._show()
@@ -46,7 +47,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Append one column [rows, heads, width], and return all keys and values: [rows × heads, time, width]."""
         assert self.keys is not None
         self._make_room((key.unsqueeze(-2), value.unsqueeze(-2)), rows=self._rows, after=1)
-        for room, new in zip(self._rooms, (key, value), strict=True):
+        for room, new in zip(self.rooms, (key, value), strict=True):
             room[: self._rows, :, self._end] = new
         self._end += 1
         keys, values = self._show()
@@ -59,11 +60,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         order = beam_idx.tolist()
         moves = [(place, row) for place, row in enumerate(order) if place != row]
         if all(row >= len(order) for _, row in moves):
-            for room in self._rooms:
+            for room in self.rooms:
                 for place, row in moves:
                     room[place, :, self._start : self._end] = room[row, :, self._start : self._end]
         else:
-            self._rooms = tuple(room.index_select(0, beam_idx) for room in self._rooms)
+            self.rooms = tuple(room.index_select(0, beam_idx) for room in self.rooms)
         self._rows = len(order)
         self._show()
 
@@ -72,7 +73,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         rows, length = self._rows + other._rows, other._end - other._start
         self._make_room(other._used(), rows=rows, before=columns - (self._end - self._start))
         start = self._end - columns
-        for room, states in zip(self._rooms, other._used(), strict=True):
+        for room, states in zip(self.rooms, other._used(), strict=True):
             # What padding holds is multiplied by 0, so it must be a number.
             room[: self._rows, :, start : self._start] = 0
             room[self._rows : rows, :, start : self._end - length] = 0
@@ -91,25 +92,25 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def _show(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (room[: self._rows, :, self._start : self._end] for room in self._rooms)
+        self.keys, self.values = (room[: self._rows, :, self._start : self._end] for room in self.rooms)
         return self._used()
 
     def _make_room(self, like: Sequence[Tensor], *, rows: int, before: int = 0, after: int = 0) -> None:
         """Room for `rows` rows, and for more columns before and after those in use, which may move to make it."""
-        has = [room.shape for room in self._rooms]
+        has = [room.shape for room in self.rooms]
         if has and has[0][0] >= rows and self._start >= before and has[0][2] - self._end >= after:
             return
         used = self._end - self._start
-        columns = before + used + after + _SPARE_COLUMNS
+        columns = before + used + after + SPARE_COLUMNS
+        # Rows that left often have successors, but room for many that grows longer for a few would be without a bound.
+        rows_kept = max([rows, *(min(shape[0], rows + rows // _ROWS_PER_SPARE_ROW) for shape in has)])
         rooms = []
         for position, states in enumerate(like):
-            room = states.new_empty(
-                max([rows, *(shape[0] for shape in has)]), states.shape[1], columns, states.shape[3]
-            )
+            room = states.new_empty(rows_kept, states.shape[1], columns, states.shape[3])
             if has:
                 room[: self._rows, :, before : before + used] = self._used()[position]
             rooms.append(room)
-        self._rooms, self._start, self._end = tuple(rooms), before, before + used
+        self.rooms, self._start, self._end = tuple(rooms), before, before + used
 
 
 def new_cache(config: PreTrainedConfig, *, growing: bool) -> Cache:
@@ -118,6 +119,11 @@ def new_cache(config: PreTrainedConfig, *, growing: bool) -> Cache:
     if growing:
         cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def held_bytes(cache: Cache) -> int:
+    """Memory of a cache, room to grow included."""
+    return sum(tensor.nbytes for layer in cache.layers for tensor in _tensors(layer))
 
 
 def is_plain(cache: Cache) -> bool:
@@ -168,6 +174,12 @@ def pad_left(states: Tensor, width: int, *, dim: int) -> Tensor:
     """Put zeros before dimension `dim` (counted from the end) until it is `width` long."""
     missing = width - states.shape[dim]
     return torch.nn.functional.pad(states, (0, 0) * (-dim - 1) + (missing, 0))
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    if isinstance(layer, GrowingLayer):
+        return list(layer.rooms)
+    return [value for value in vars(layer).values() if isinstance(value, Tensor)]
 
 
 def _filled(cache: Cache) -> list[tuple[DynamicLayer, Tensor, Tensor]]:

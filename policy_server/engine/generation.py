@@ -20,15 +20,21 @@ class Generation:
     """One request and how far it got."""
 
     request: GenerationRequest
+    model: ServedModel
     arrival: int
     deliver: Callable[[TokenDelta | RpcFailure | None], None]  # on the event loop; None = the orderly end
     admitted: int = 0  # completions that have or had a row
+    longest: int = field(init=False)  # tokens of prompt and completion that a row of it may come to have
     unfinished: int = field(init=False)
     sampled: bool = False  # some completion has a token
     closed: bool = False  # finished, failed or cancelled: its rows are to be dropped
 
     def __post_init__(self) -> None:
-        self.unfinished = self.request.sampling.n
+        request = self.request
+        self.longest = min(
+            len(request.prompt_token_ids) + request.sampling.max_new_tokens, self.model.max_context_tokens
+        )
+        self.unfinished = request.sampling.n
 
     @property
     def waiting(self) -> int:
@@ -39,17 +45,17 @@ class Generation:
 class Row:
     """One completion: its tokens, its text, and what of both was not yet delivered."""
 
-    def __init__(self, generation: Generation, index: int, model: ServedModel, decoder: TokenDecoder) -> None:
+    def __init__(self, generation: Generation, index: int, decoder: TokenDecoder) -> None:
         request = generation.request
         sampling = request.sampling
         self.generation = generation
         self.index = index
-        self.model = model
+        self.model = model = generation.model
         self.finish_reason: FinishReason | None = None
         self.prompt: Sequence[int] = request.prompt_token_ids
         self.completion: list[int] = list(request.completion_prefix)
         self.oldest_cache = WeightsVersion()
-        self._limit = min(sampling.max_new_tokens, model.max_context_tokens - len(self.prompt))
+        self._limit = generation.longest - len(self.prompt)
         self._seed = (sampling.seed + index) % SEEDS
         self._ending_ids = tuple(sorted({*model.eos_token_ids, *sampling.stop_token_ids}))
         self._text = IncrementalText(decoder)

@@ -17,6 +17,7 @@ from policy_server.engine.lean import lean_forward
 from policy_server.engine.protocol import WeightsVersion
 
 _CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len")
+_MOST_TOKENS = 2**62  # where nothing bounds them
 _FALLBACK_CONTEXT = 2048  # for models without positions to run out of (ALiBi and the like)
 
 
@@ -63,6 +64,23 @@ class ServedModel:
         with torch.inference_mode():
             probe = torch.zeros((1, 1), dtype=torch.long, device=self.device)
             self.vocab_size: int = self.logits(probe, torch.ones_like(probe), keep=1).shape[-1]
+            one, two = (self._probed_cache_bytes(tokens) for tokens in (1, 2))
+        # Some layers hold as much for any number of tokens.
+        self._cache_bytes_per_token, self._cache_bytes_per_row = two - one, 2 * one - two
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Most memory that a cache takes for a row that comes to have so many tokens, room to grow included.
+
+        Layers with a sliding window may take less.
+        """
+        return self._cache_bytes_per_row + self._cache_bytes_per_token * (tokens + caches.SPARE_COLUMNS)
+
+    def cached_tokens(self, memory: float, *, rows: int = 0) -> int:
+        """Tokens whose keys and values fit into so many bytes, beside what rows of any length take."""
+        left = memory - rows * self.cache_bytes(0)
+        if left < 0 or self._cache_bytes_per_token == 0:
+            return 0 if left < 0 else _MOST_TOKENS
+        return int(min(left / self._cache_bytes_per_token, _MOST_TOKENS))
 
     def new_cache(self) -> Cache:
         """An empty cache of the shape that the model's layers want."""
@@ -88,6 +106,12 @@ class ServedModel:
         if self.lean is None:
             return self.logits(column.unsqueeze(-1), mask, keep=1, cache=cache)[:, -1]
         return self.lean.logits(column, torch.tensor(positions, device=self.device), mask, cache)
+
+    def _probed_cache_bytes(self, tokens: int) -> int:
+        cache = caches.new_cache(self.module.config, growing=False)
+        ids = torch.zeros((1, tokens), dtype=torch.long, device=self.device)
+        self.logits(ids, torch.ones_like(ids), keep=1, cache=cache)
+        return caches.held_bytes(cache)
 
     def inputs(self, token_ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """The arguments of a forward, with position_ids where the architecture has them."""

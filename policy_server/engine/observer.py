@@ -23,8 +23,8 @@ class EngineObserver(Protocol):
         """Requests that wait: generations to start, scorings to be finished. Called after every round."""
         ...
 
-    def running(self, *, rows: int) -> None:
-        """Completions that hold a row of a batch now. Called after every round."""
+    def running(self, *, rows: int, cache_bytes: int) -> None:
+        """Completions that hold a row of a batch now, and the memory of their caches. Called after every round."""
         ...
 
     def tokens(self, phase: Phase, count: int) -> None:
@@ -54,7 +54,7 @@ class SilentObserver:
     def queued(self, *, generations: int, scorings: int) -> None:
         """Ignore it."""
 
-    def running(self, *, rows: int) -> None:
+    def running(self, *, rows: int, cache_bytes: int) -> None:
         """Ignore it."""
 
     def tokens(self, phase: Phase, count: int) -> None:

@@ -82,6 +82,22 @@ class PagedBatch:
             name = type(model.module).__name__
             raise ValueError(f"{name} can't run in transformers' continuous batching: {error}") from error
 
+    @property
+    def cache_limit_bytes(self) -> int:
+        """Memory of the cache."""
+        cache = self._processor.cache
+        return int(cache.num_sectors * cache.bytes_per_sector)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the pages in use."""
+        return self.cache_limit_bytes - int(self._processor.cache.compute_free_capacity(relative=False))
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return int(self._processor.cache.num_blocks * PAGE_TOKENS)
+
     def add(self, token_ids: Sequence[int]) -> str:
         """Let a sequence join; returns its name."""
         name = next(self._names)
@@ -176,9 +192,8 @@ class PagedBatch:
             raise ValueError("it has no fused attention")
 
     def _require_room(self) -> None:
-        room = self._processor.cache.num_blocks * PAGE_TOKENS
-        if room < self._model.max_context_tokens:
-            raise MemoryError(f"there is room to cache {room} tokens, max_context_tokens takes more")
+        if self.max_cached_tokens < self._model.max_context_tokens:
+            raise MemoryError(f"there is room to cache {self.max_cached_tokens} tokens, max_context_tokens takes more")
 
     def _wait_for_weights(self) -> None:
         """The forward runs on a stream of its own, new weights come on the thread's."""

@@ -153,6 +153,8 @@ class ModelDescription:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_context_tokens: int
+    max_running_completions: int
+    max_cached_tokens: int  # of all that runs of this model, while nothing of another does
 
 
 @dataclass(frozen=True)

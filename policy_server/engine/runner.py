@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from policy_server.engine import cache as caches
 from policy_server.engine.decoding import Cohort, Prefill
 from policy_server.engine.generation import Row
 from policy_server.engine.model import ServedModel
@@ -45,6 +46,11 @@ class Runner(Protocol):
     @property
     def rows(self) -> list[Row]:
         """All rows that run, of all models."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the caches of these rows hold."""
         ...
 
     def start(self, rows: Sequence[Row], owner: RowOwner) -> None:
@@ -85,6 +91,11 @@ class CohortRunner:
     def rows(self) -> list[Row]:
         """All rows that run."""
         return [row for batch in self._batches() for row in batch.rows]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all caches."""
+        return sum(caches.held_bytes(batch.cache) for batch in self._batches())
 
     def start(self, rows: Sequence[Row], owner: RowOwner) -> None:
         """Let the next steps read the rows' prompts, more urgent ones first, and decode from then on with what runs."""

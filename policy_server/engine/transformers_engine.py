@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -39,6 +40,7 @@ class TransformersEngine(BatchEngine):
             max_batch_rows=max_batch_rows,
             max_queue_requests=max_queue_requests,
             max_context_tokens=max_context_tokens,
+            cache_bytes=math.inf,  # pages come out of a cache that is made at once
             score_tokens=score_tokens,
             pack_weights=False,
             shortcuts=False,
@@ -52,6 +54,14 @@ class TransformersEngine(BatchEngine):
         await super().stop(finish_within=finish_within)
         self._paged.close()
 
+    @property
+    def cache_limit_bytes(self) -> float:
+        """Memory of the policy's cache."""
+        return self._paged.cache_limit_bytes
+
+    def _max_cached_tokens(self, model: ServedModel) -> int:
+        return self._paged.max_cached_tokens
+
     def _new_runner(self) -> Runner:
         return self._paged
 
@@ -62,12 +72,20 @@ class PagedRunner:
     def __init__(self, policy: ServedModel, *, max_rows: int) -> None:
         self._max_rows = max_rows
         self._running: dict[ServedModel, dict[str, Row]] = {policy: {}}
-        self._batches = {policy: PagedBatch(policy, max_sequences=max_rows)}
+        first = PagedBatch(policy, max_sequences=max_rows)
+        self._batches = {policy: first}
+        self.cache_limit_bytes = first.cache_limit_bytes
+        self.max_cached_tokens = first.max_cached_tokens
 
     @property
     def rows(self) -> list[Row]:
         """All rows that run."""
         return [row for running in self._running.values() for row in running.values()]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the pages in use."""
+        return sum(batch.cache_bytes for batch in self._batches.values())
 
     def start(self, rows: Sequence[Row], owner: RowOwner) -> None:
         """Let rows join the next step of their model."""

@@ -69,8 +69,7 @@ class EngineWorker:
         self._mailbox = mailbox
         self._outbox = outbox
         self._chooser = RowChooser(budget, one_request_per_batch=reproducible)
-        self._models: dict[int, ServedModel] = {}  # by id(generation), while it is open
-        self._open: dict[int, Generation] = {}
+        self._open: dict[int, Generation] = {}  # by id
         self._waiting = WaitingGenerations()
         self._resuming: list[Row] = []
         self._scorings: deque[ScoringJob] = deque()
@@ -79,16 +78,15 @@ class EngineWorker:
 
     # Tasks
 
-    def submit(self, generation: Generation, model: ServedModel) -> None:
+    def submit(self, generation: Generation) -> None:
         """Take in a request whose place in the queue is already counted."""
         try:
-            check_precondition(generation.request.weights, model.version)
+            check_precondition(generation.request.weights, generation.model.version)
         except RpcFailure as failure:
             self._queue.leave()
             self._end(generation, failure)
             return
         self._open[id(generation)] = generation
-        self._models[id(generation)] = model
         self._waiting.add(generation)
 
     def cancel(self, generation: Generation, failure: RpcFailure | None = None) -> None:
@@ -161,7 +159,7 @@ class EngineWorker:
     # Generation
 
     def _admit(self) -> None:
-        running = len(self._runner.rows)
+        running = self._runner.rows
         rows = self._chooser.resuming(self._resuming, running=running)
         if not rows:
             rows = self._chooser.waiting(
@@ -185,7 +183,7 @@ class EngineWorker:
     def _make_row(self, generation: Generation) -> Row | None:
         """The next completion's row; None = it can't be made, which ends the request."""
         try:
-            return Row(generation, generation.admitted, self._models[id(generation)], self._decoder)
+            return Row(generation, generation.admitted, self._decoder)
         except Exception as error:
             _log.exception("A completion could not be begun")
             self._end(generation, translated(error))
@@ -289,7 +287,7 @@ class EngineWorker:
                 self._swap(job)
 
     def _policy_runs(self) -> bool:
-        return any(generation.admitted for key, generation in self._open.items() if self._models[key] is self._policy)
+        return any(generation.admitted for generation in self._open.values() if generation.model is self._policy)
 
     def _swap(self, job: SwapJob) -> None:
         started = time.perf_counter()
@@ -314,8 +312,8 @@ class EngineWorker:
             self._resuming += self._runner.forget(self._policy)
         elif in_flight is InFlight.ABORT:
             self._abort(rows)
-        for key, generation in list(self._open.items()):
-            if self._models[key] is self._policy:
+        for generation in list(self._open.values()):
+            if generation.model is self._policy:
                 self._recheck(generation, [row for row in rows if row.generation is generation and row.live])
         self._prune()
         for job in [each for each in self._scorings if each.model is self._policy]:
@@ -362,7 +360,6 @@ class EngineWorker:
             self._queue.leave()
         generation.closed = True
         self._open.pop(id(generation), None)
-        self._models.pop(id(generation), None)
         self._outbox.put(partial(generation.deliver, failure))
 
     def _fail_everything(self, failure: RpcFailure) -> None:
@@ -383,4 +380,4 @@ class EngineWorker:
     def _show_load(self) -> None:
         generations = sum(generation.admitted == 0 for generation in self._waiting)
         self._observer.queued(generations=generations, scorings=len(self._scorings))
-        self._observer.running(rows=len(self._runner.rows))
+        self._observer.running(rows=len(self._runner.rows), cache_bytes=self._runner.cache_bytes)

@@ -241,7 +241,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "base_model", "weights", "weights_digest", "serving_dtype", "tokenizer_digest", "vocab_size", "eos_token_ids", "max_context_tokens", "default_max_new_tokens", "max_message_bytes", "logprobs", "features", "max_completions", "max_log_probs_tokens")
+    __slots__ = ("model", "base_model", "weights", "weights_digest", "serving_dtype", "tokenizer_digest", "vocab_size", "eos_token_ids", "max_context_tokens", "default_max_new_tokens", "max_message_bytes", "logprobs", "features", "max_completions", "max_log_probs_tokens", "max_running_completions", "max_cached_tokens")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -257,6 +257,8 @@ class GetModelResponse(_message.Message):
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     MAX_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_LOG_PROBS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     base_model: str
     weights: WeightsVersion
@@ -272,4 +274,6 @@ class GetModelResponse(_message.Message):
     features: _containers.RepeatedScalarFieldContainer[str]
     max_completions: int
     max_log_probs_tokens: int
-    def __init__(self, model: _Optional[str] = ..., base_model: _Optional[str] = ..., weights: _Optional[_Union[WeightsVersion, _Mapping]] = ..., weights_digest: _Optional[str] = ..., serving_dtype: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[LogProbKind, str]]] = ..., features: _Optional[_Iterable[str]] = ..., max_completions: _Optional[int] = ..., max_log_probs_tokens: _Optional[int] = ...) -> None: ...
+    max_running_completions: int
+    max_cached_tokens: int
+    def __init__(self, model: _Optional[str] = ..., base_model: _Optional[str] = ..., weights: _Optional[_Union[WeightsVersion, _Mapping]] = ..., weights_digest: _Optional[str] = ..., serving_dtype: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[LogProbKind, str]]] = ..., features: _Optional[_Iterable[str]] = ..., max_completions: _Optional[int] = ..., max_log_probs_tokens: _Optional[int] = ..., max_running_completions: _Optional[int] = ..., max_cached_tokens: _Optional[int] = ...) -> None: ...

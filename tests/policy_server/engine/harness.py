@@ -66,7 +66,7 @@ class Watcher(SilentObserver):
 
     def __init__(self) -> None:
         self.rows = 0
-        self.most_rows = 0
+        self.most_rows = self.most_cache_bytes = 0
         self.decoded_batches: list[int] = []
         self.cancelled_completions = 0
         self.waiting = 0
@@ -88,9 +88,10 @@ class Watcher(SilentObserver):
     def queued(self, *, generations: int, scorings: int) -> None:
         self.waiting = generations + scorings
 
-    def running(self, *, rows: int) -> None:
+    def running(self, *, rows: int, cache_bytes: int) -> None:
         self.rows = rows
         self.most_rows = max(self.most_rows, rows)
+        self.most_cache_bytes = max(self.most_cache_bytes, cache_bytes)
 
     def tokens(self, phase: Phase, count: int) -> None:
         self.by_phase[phase] += count

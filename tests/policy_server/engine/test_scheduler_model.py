@@ -26,6 +26,7 @@ from transformers import GPT2Config
 
 from policy_server.engine import batch
 from policy_server.engine.batch import BatchEngine
+from policy_server.engine.cache import SPARE_COLUMNS
 from policy_server.engine.generation import Row
 from policy_server.engine.protocol import (
     FinishReason,
@@ -47,6 +48,8 @@ from tests.policy_server.engine.harness import INITIAL, Gathered, request
 ROWS = 4
 QUEUE = 5
 SCORE_TOKENS = 24
+CACHE_TOKENS = ROWS * (18 + SPARE_COLUMNS)  # less than ROWS of the longest completions may come to take
+CACHE_TOKEN_BYTES = 2 * 8 * 4  # keys and values of one layer, float32
 
 
 class Stepped:
@@ -56,7 +59,12 @@ class Stepped:
         self._loop = asyncio.new_event_loop()
         model = model_from(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=64, **COMMON))
         self.engine = BatchEngine(
-            loaded(model), max_batch_rows=ROWS, max_queue_requests=QUEUE, score_tokens=SCORE_TOKENS, pack_weights=False
+            loaded(model),
+            max_batch_rows=ROWS,
+            max_queue_requests=QUEUE,
+            cache_bytes=CACHE_TOKENS * CACHE_TOKEN_BYTES,
+            score_tokens=SCORE_TOKENS,
+            pack_weights=False,
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(batch, "threading", SimpleNamespace(Thread=_ThreadThatRunsAtItsEnd))
@@ -346,11 +354,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for asked in began:
             assert not drains or any(before[asked][1]), "a request began that has to wait for a swap"
             assert all(asked.goes <= other.goes for other in waiting), "a request was passed over"
-        stepped = sum(
-            now > was for asked, (tokens, _) in before.items() for was, now in zip(tokens, asked.tokens, strict=True)
-        )
+        stepped = [
+            asked
+            for asked, (tokens, _) in before.items()
+            for was, now in zip(tokens, asked.tokens, strict=True)
+            if now > was
+        ]
+        assert len(stepped) <= 1 or _reserved(stepped) <= CACHE_TOKENS, "rows run that could outgrow the cache"
         if waiting and not began and not resuming:
-            assert stepped == ROWS, "a row stayed free"
+            fits = _reserved([*stepped, min(waiting, key=lambda asked: asked.goes)]) <= CACHE_TOKENS
+            assert len(stepped) == ROWS or not fits, "a row stayed free"
 
     def _read(self) -> None:
         lived = [self.live]  # since the last look: more than one only at the stop, which is many rounds
@@ -421,6 +434,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif swap.in_flight is InFlight.ABORT:
                 for weights in of_each:
                     assert len({each >= swap.version for each in weights}) <= 1, "a completion was not aborted"
+
+
+def _reserved(rows: list[Asked]) -> int:
+    """Tokens of cache that rows may come to take: those of a model as much, each, as the longest."""
+    total = 0
+    for model in {asked.request.model for asked in rows}:
+        wanted = [asked.request for asked in rows if asked.request.model == model]
+        longest = max(len(each.prompt_token_ids) + each.sampling.max_new_tokens for each in wanted)
+        total += len(wanted) * (longest + SPARE_COLUMNS)
+    return total
 
 
 def _names(rows: list[Row]) -> set[tuple[str, int]]:
