@@ -38,6 +38,8 @@ _SMALL = {"layers": 6, "width": 256}
 _LARGE = {"layers": 12, "width": 768, "heads": 12, "vocab": 50257}
 _TINY = {"layers": 2, "width": 32}
 
+_OPTIONS = {"latency": ("first", "gap", "engine"), "logprobs": ("model",)}
+
 _QUICK: Mapping[str, Mapping[str, Any]] = {
     "rollout": {"prompts": 4, "shortest": 2, "longest": 6, "rounds": 1},
     "latency": {"longest": 12, "loads": (0.5, 1.5), "seconds": 0.5, "rollouts": 8},
@@ -91,7 +93,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--first", type=float, metavar="SECONDS", help="objective: to the first token (1)")
     options.add_argument("--gap", type=float, metavar="SECONDS", help="objective: p99 between two tokens (0.2)")
     options.add_argument("--engine", choices=("own", "transformers"), help="of the policy server (own)")
+    options = parser.add_argument_group("logprobs")
+    options.add_argument("--model", metavar="FOLDER", help="of this model: differences depend on the weights")
     arguments = parser.parse_args(argv)
+    if arguments.model is not None and not Path(arguments.model, "config.json").is_file():
+        parser.error(f"--model {arguments.model}: there is no config.json in it")
     if arguments.threads < 1:
         parser.error(f"--threads {arguments.threads}: at least 1")
     if arguments.plot is not None and (problem := output.plot_problem(arguments.plot)):
@@ -105,10 +111,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _changes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What this run wants otherwise than a benchmark's Work says."""
     changes = dict(_QUICK[name]) if arguments.quick else {}
-    if name == "latency":
-        chosen = {option: getattr(arguments, option) for option in ("first", "gap", "engine")}
-        changes |= {option: value for option, value in chosen.items() if value is not None}
-    return changes
+    chosen = {option: getattr(arguments, option) for option in _OPTIONS.get(name, ())}
+    return changes | {option: value for option, value in chosen.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Work:
     prompt_tokens: int = 16
     shortest: int = 8
     longest: int = 128
-    loads: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.1, 2.0)
-    seconds: float = 10.0
+    loads: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.1, 1.5)
+    seconds: float = 8.0
     rollouts: int = 96
     queue: int = 192
     first: float = 1.0

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tests.benchmarks.measuring import Measurement, interleaved, log_uniform, make_table, percentile
 from tests.benchmarks.roofline import Limits
@@ -28,7 +30,10 @@ Pairs = Sequence[tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Work:
-    """Completions of log-uniform lengths; `batch` rows in a plain forward, which keeps the logits of every position."""
+    """Completions of log-uniform lengths; `batch` rows in a plain forward, which keeps the logits of every position.
+
+    model: folder of another model than the benchmarks' own, whose weights are random; its context may cut completions.
+    """
 
     sequences: int = 64
     prompt_tokens: int = 16
@@ -36,6 +41,7 @@ class Work:
     longest: int = 224
     batch: int = 8
     rounds: int = 5
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class LogProbs:
 async def measure(folder: Path, start: StartProcess, threads: int, work: Work | None = None) -> LogProbs:
     """Of completions that the server sampled, as in training: rates in float32, differences also in bfloat16."""
     work = work or Work()
+    folder = folder if work.model is None else Path(work.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     differences: dict[str, Differences] = {}
     rates: Measurement | None = None
@@ -112,7 +119,7 @@ async def measure(folder: Path, start: StartProcess, threads: int, work: Work | 
             await client.close()
             server.kill()
     assert rates is not None
-    return LogProbs(work, rates, differences, _tokens(float32_pairs), _flops(model.config, float32_pairs))
+    return LogProbs(work, rates, differences, _tokens(float32_pairs), _flops(model, float32_pairs))
 
 
 async def _sampled(client: PolicyClient, work: Work) -> tuple[Pairs, list[Sequence[float]]]:
@@ -188,7 +195,8 @@ def _tokens(pairs: Pairs) -> int:
     return sum(map(_length, pairs))
 
 
-def _flops(config: GPT2Config, pairs: Pairs) -> float:
+def _flops(model: PreTrainedModel, pairs: Pairs) -> float:
     """Of the linear layers: the head is needed at completion tokens alone."""
-    body, head = 12 * config.n_layer * config.n_embd**2, config.vocab_size * config.n_embd
-    return 2.0 * (_tokens(pairs) * body + sum(len(completion) for _, completion in pairs) * head)
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D))
+    head = model.get_output_embeddings().weight.numel()
+    return 2.0 * (_tokens(pairs) * (weights - head) + sum(len(completion) for _, completion in pairs) * head)

@@ -94,6 +94,7 @@ CHECKS = {
     [
         (("rollout", "--plot", "run.jpg"), "must end with one of"),
         (("rollout", "--json", "no/such/run.json"), "there is no folder"),
+        (("rollout", "--model", "no/such"), "--model no/such: there is no config.json"),
         (("rollout", "--threads", "0"), "--threads 0: at least 1"),
     ],
 )
