@@ -147,14 +147,14 @@ class Latencies:
                 look = {"color": color, "linestyle": style, "marker": ".", "label": f"{condition}, p{share * 100:.0f}"}
                 first.plot(loads, [phase.firsts(share) for phase in phases], **look)
                 gap.plot(loads, [phase.gaps(share) for phase in phases], **look)
-            good.plot(loads, [self.goodput(phase) for phase in phases], color=color, marker=".", label=condition)
+            good.plot(loads, [self.goodput(phase) for phase in phases], color=color, marker=".")
         first.set(title="To the first token", ylabel="s", yscale="log")
         gap.set(title="Between two tokens", ylabel="s", yscale="log")
         good.set(title="Requests/s that met the objective")
         for axes in (first, gap, good):
             axes.set_xlabel(f"load (1 = {self.capacity:.1f} requests/s)")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+        figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
     def reached(self, limits: Limits) -> Mapping[str, float]:
         """See Report."""

@@ -119,10 +119,10 @@ class Swaps:
             rates.plot(megabytes, [each.rates.median(name) for each in self.sizes], marker=".", label=name)
         for rows in zip(*(each.pauses.rows() for each in self.sizes), strict=True):
             pauses.plot(megabytes, [statistics.median(values) for _, values in rows], marker=".", label=rows[0][0])
-        rates.set(title="Until the weights are live", ylabel="GB/s", yscale="log")
-        pauses.set(title="Meanwhile, medians", ylabel="ms", yscale="log")
+        rates.set(title="Until the weights are live, medians", ylabel="GB/s")
+        pauses.set(title="While completions run, medians", ylabel="ms")
         for axes in (rates, pauses):
-            axes.set(xlabel="MB of weights", xscale="log")
+            axes.set(xlabel="MB of weights", xlim=0, ylim=0)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
 
