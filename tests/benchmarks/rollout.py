@@ -155,11 +155,18 @@ def _continuous(
     """The same work by transformers' continuous batching. Its thread ends with each call: an idle one takes a core."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
+    blocks = -(-(max(map(len, prompts)) + longest) // ContinuousBatchingConfig().page_size)
+
     def rollout() -> float:
         made = 0
         with model.continuous_batching_context_manager(
             generation_config=GenerationConfig(do_sample=True, top_k=0, max_new_tokens=longest, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False),
+            # Room for all at once. By itself it would take most of the machine's free memory.
+            continuous_batching_config=ContinuousBatchingConfig(
+                allow_block_sharing=False,
+                num_blocks=len(prompts) * blocks,
+                max_batch_tokens=sum(map(len, prompts)),
+            ),
             persistent_manager=True,
         ) as manager:
             for prompt, length in zip(prompts, lengths, strict=True):
