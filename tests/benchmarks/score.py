@@ -13,21 +13,34 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from rich.console import Console
-from rich.table import Table
 
 from rlhf.reward.v1 import reward_pb2
 from tests.benchmarks.echo_server import METHOD as ECHO
+from tests.benchmarks.measuring import Measurement, make_table, percentile
+from tests.benchmarks.roofline import Limits
 from tests.reward_server.examples.servers import EXAMPLES, ExampleServer
 from tests.support.processes import ROOT, StartProcess, wait_for
 
-SAMPLES, IN_FLIGHT, CALLS, ROUNDS = 64, 8, 400, 5
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAMPLES, IN_FLIGHT = 64, 8
 SCORE = "/rlhf.reward.v1.RewardService/Score"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Calls made together in each round, half as many alone; examples: languages whose example servers are called."""
+
+    calls: int = 400
+    rounds: int = 5
+    examples: tuple[str, ...] = ("python", "go", "rust")
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,14 @@ class Timing:
 
     def percentile(self, share: float) -> float:
         """Seconds that `share` of the calls made alone took at most."""
-        return sorted(self.alone)[min(len(self.alone) - 1, int(share * len(self.alone)))]
+        return percentile(self.alone, share)
 
 
 @dataclass(frozen=True)
 class ScoreTimings:
     """By server; the first is the echo."""
 
+    work: Work
     timings: Mapping[str, Timing]
 
     def microseconds_per_sample(self, name: str) -> float:
@@ -55,9 +69,10 @@ class ScoreTimings:
 
     def show(self) -> None:
         """Print the table."""
-        table = Table(title=f"Score: {SAMPLES} samples a call; latency alone, rates with {IN_FLIGHT} in flight")
-        for heading in ("", "p50 ms", "p99 ms", "calls/s", "samples/s", "µs a sample beyond the echo"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        table = make_table(
+            f"Score: {SAMPLES} samples a call; latency alone, rates with {IN_FLIGHT} in flight",
+            *("", "p50 ms", "p99 ms", "calls/s", "samples/s", "µs a sample beyond the echo"),
+        )
         for name, timing in self.timings.items():
             rate = statistics.median(timing.rates)
             table.add_row(
@@ -69,6 +84,29 @@ class ScoreTimings:
                 f"{self.microseconds_per_sample(name):.1f}",
             )
         Console().print(table)
+
+    def record(self) -> dict[str, Any]:
+        """See Report."""
+        servers = {
+            name: {
+                "seconds_alone": timing.alone,
+                "calls_per_second": timing.rates,
+                "p50": timing.percentile(0.5),
+                "p99": timing.percentile(0.99),
+                "microseconds_per_sample": self.microseconds_per_sample(name),
+            }
+            for name, timing in self.timings.items()
+        }
+        return {"settings": asdict(self.work), "servers": servers}
+
+    def draw(self, figure: Figure) -> None:
+        """See Report."""
+        rates = {name: [SAMPLES * rate for rate in timing.rates] for name, timing in self.timings.items()}
+        Measurement(f"Score, {IN_FLIGHT} calls in flight", "samples/s", rates).draw(figure)
+
+    def reached(self, limits: Limits) -> Mapping[str, float]:
+        """See Report."""
+        return {}
 
 
 class _Caller:
@@ -99,8 +137,9 @@ class _Caller:
         return calls / (time.perf_counter() - began)
 
 
-async def measure(folder: Path, start: StartProcess, threads: int) -> ScoreTimings:
+async def measure(folder: Path, start: StartProcess, threads: int, work: Work | None = None) -> ScoreTimings:
     """Interleaved: each round makes the calls of every server."""
+    work = work or Work()
     async with AsyncExitStack() as stack:
         callers: dict[str, _Caller] = {}
 
@@ -112,22 +151,22 @@ async def measure(folder: Path, start: StartProcess, threads: int) -> ScoreTimin
         server = start("reward_server", "--reward", "length", "--reward-options", "{target: 200, unit: characters}")
         server.wait_serving("rlhf.reward.v1.RewardService")
         await add("reward_server, function kind", server.address)
-        for language in ("python", "go", "rust"):
+        for language in work.examples:
             example = ExampleServer(EXAMPLES[language], folder / language, "127.0.0.1:0")
             stack.callback(example.kill)
             example.wait_bound()
             await add(f"example in {language}", example.address)
-        return ScoreTimings(await _timings(callers))
+        return ScoreTimings(work, await _timings(callers, work))
 
 
-async def _timings(callers: Mapping[str, _Caller]) -> dict[str, Timing]:
+async def _timings(callers: Mapping[str, _Caller], work: Work) -> dict[str, Timing]:
     timings = {name: Timing([], []) for name in callers}
     for caller in callers.values():
-        await caller.together(CALLS // 4)
-    for _ in range(ROUNDS):
+        await caller.together(max(work.calls // 4, 1))
+    for _ in range(work.rounds):
         for name, caller in callers.items():
-            timings[name].alone.extend([await caller.once() for _ in range(CALLS // 2)])
-            timings[name].rates.append(await caller.together(CALLS))
+            timings[name].alone.extend([await caller.once() for _ in range(max(work.calls // 2, 1))])
+            timings[name].rates.append(await caller.together(work.calls))
     return timings
 
 
