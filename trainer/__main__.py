@@ -1,7 +1,7 @@
 """python -m trainer: one start of a run.
 
-Exit codes: 0 finished; 78 settings, data, folder or servers that don't fit the run (starting again won't help, another
-trainer among them);
+Exit codes: 0 finished, or --check found nothing wrong; 78 settings, data, folder or servers that don't fit the run
+(starting again won't help, another trainer among them);
 143 or 130 stopped by SIGTERM or SIGINT, a checkpoint is there; 1 anything else.
 """
 
@@ -30,18 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seconds of importing torch come after mistakes in the settings have been told.
     with brought_by("trainer"):
         from trainer.clients.policy import BrokenServerError
-        from trainer.clients.publisher import PublishError
-        from trainer.clients.rewards import RewardChangedError
         from trainer.learning.learner import NonFiniteLossError
         from trainer.metrics import TrainerMetrics
         from trainer.run.assembly import run
-        from trainer.run.checkpoints import CheckpointError
-        from trainer.run.loading import SettingsError
-        from trainer.run.pinning import PinError
+        from trainer.run.checking import check
+        from trainer.run.preflight import REFUSALS
         from trainer.run.progress import Progress, wants_live_display
-        from trainer.run.prompts import PromptDataError
-        from trainer.run.runfolder import RunFolderError, lock_run_folder
+        from trainer.run.runfolder import lock_run_folder
         from trainer.run.waiting import WaitBoard
+
+    if settings.check:
+        report, code = asyncio.run(check(settings))
+        print(report)
+        return code
 
     metrics = TrainerMetrics()
     waits = WaitBoard(metrics)
@@ -53,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Progress(steps=settings.steps, waits=waits, live=live) as progress,
         ):
             return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
-    except (SettingsError, RunFolderError, PromptDataError, CheckpointError, ImportError) as error:
-        _log.error(str(error))
-        return EX_CONFIG
-    except (PinError, RewardChangedError, PublishError) as error:
+    except REFUSALS as error:
         _log.error(f"the run stops: {error}")
         return EX_CONFIG
     except _MetricsPortError as error:

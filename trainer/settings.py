@@ -69,6 +69,13 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         pattern=r"^[A-Za-z0-9_.-]+$",
         description="Name of the run on the servers, of letters, digits and _.-; unset: made up, then kept",
     )
+    check: bool = Field(
+        False,
+        description="Only verify data, folder, model and servers, print a table, change nothing",
+    )
+    check_patience: float = Field(
+        5.0, gt=0, description="With check: how long a server may take to answer", json_schema_extra=_unit("seconds")
+    )
     resume: bool = Field(False, description="Go on from the last checkpoint in run_dir, or begin when there is none")
 
     data: str = Field(description="Training prompts: a .jsonl, .csv, .tsv or .parquet file, a folder or a hub data set")
@@ -116,6 +123,16 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     )
     reference_model: str | None = Field(
         None, description="Reference to load when reference is trainer; unset: what model names"
+    )
+    other_reference: bool = Field(
+        False, description="The served reference may be another model than the one that the run starts from"
+    )
+    max_logprob_gap: float | None = Field(
+        None,
+        gt=0,
+        description="Mean gap between trainer and policy server at which a start fails and a step warns; unset: 0.001 "
+        "in float32, 0.1 where either computes in 16 bits",
+        json_schema_extra=_unit("nats per token"),
     )
     old_logprobs: OldLogProbs = Field(
         OldLogProbs.TRAINER, description="Old log-probabilities: recomputed by the trainer, or as sampled (rollout)"
@@ -168,6 +185,8 @@ class TrainerSettings(PPOConfig, ProcessSettings):
                 "kl_penalty=full needs the old policy's whole distribution, which a rollout does not bring: "
                 "set old_logprobs=trainer"
             )
+        if self.other_reference and self.reference is ReferencePlace.TRAINER:
+            raise ValueError("other_reference is about a served reference; reference=trainer takes reference_model")
         if self.reference is ReferencePlace.SERVER:
             if self.kl_penalty is KlPenalty.FULL:
                 raise ValueError(

@@ -36,6 +36,18 @@ class PublishError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class WeightsInfo:
+    """What GetWeights tells of a server."""
+
+    live: WeightsVersion
+    reads_folders: bool
+    in_place: bool
+    """Updates are not staged beside the live weights: one that fails leaves the server without any."""
+    max_staging_bytes: int
+    """Largest update; 0 = not known beforehand."""
+
+
+@dataclass(frozen=True)
 class _Published:
     tensors: tuple[tuple[str, Tensor], ...]
     weights: WeightsVersion
@@ -88,11 +100,49 @@ class WeightPublisher:
                 on_wait=on_wait,
             )
 
+    async def get_weights(self) -> WeightsInfo:
+        """What is live and what the server takes; nothing changes."""
+
+        async def attempt() -> weights_pb2.GetWeightsResponse:
+            return await self._ask("")
+
+        with watched(self._watch) as on_wait:
+            answer = await call_with_retry(
+                attempt, policy=self._retry, what="policy server", target=self.target, on_wait=on_wait
+            )
+        return WeightsInfo(
+            live=WeightsVersion.from_proto(answer.live),
+            reads_folders="directory" in answer.features,
+            in_place=answer.in_place,
+            max_staging_bytes=answer.max_staging_bytes,
+        )
+
+    async def finds(self, folder: str) -> bool | None:
+        """Whether the server finds a folder of the shared one; None when its answer does not tell.
+
+        Asked by an update that is above any max_staging_bytes, so it is refused before it begins. Only for servers that
+        state theirs and are not `in_place`.
+        """
+        begin = weights_pb2.Begin(
+            update_id=f"finds/{folder}",
+            weights=WeightsVersion("finds", 1, 0).to_proto(),
+            total_bytes=2**64 - 1,
+            directory=weights_pb2.DirectorySource(path=folder),
+        )
+        try:
+            await self._update(_alone(begin))
+        except RpcFailure as failure:
+            if failure.reason == "TOO_LARGE":
+                return True
+            if _is_unseen(failure):
+                return False
+        return None
+
     async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
         """Make `weights` live: names as in transformers' state dict, tied parameters once; returns when they serve.
 
-        Raises PublishError when the server holds newer weights of this run (another trainer), and RpcFailure for what
-        is final (names, shapes, room).
+        Raises PublishError when the server holds newer weights of this run (another trainer) or can't take weights of
+        these names and shapes, and RpcFailure for what else is final (room).
         """
         published = _Published(tuple((name, tensor.detach()) for name, tensor in tensors), weights)
         async with self._one_at_a_time:
@@ -130,6 +180,7 @@ class WeightPublisher:
                     await self._send(published, state)
                     return
                 except RpcFailure as failure:
+                    self._raise_misfit(failure)
                     if failure.reason in ("UPDATE_IN_PROGRESS", "DATA_LOSS"):
                         raise unavailable(failure.message) from failure
                     if _is_cut_short(failure) and unexplained < _UNEXPLAINED:
@@ -230,8 +281,28 @@ class WeightPublisher:
             raise from_rpc_error(error) from error
         return answer
 
+    def _raise_misfit(self, failure: RpcFailure) -> None:
+        """Raise PublishError when the server can't take this model's weights, or not from there, however often."""
+        if _is_unseen(failure):
+            raise PublishError(
+                f"policy server {self.target} does not find what this trainer writes to {self._shared_folder} "
+                f"({failure.message}): --weights-folder must be the server's --weights-root as this process sees it; "
+                "without --weights-folder, weights go in the stream"
+            ) from failure
+        if any(violation.field.startswith("manifest") for violation in failure.violations):
+            raise PublishError(
+                f"policy server {self.target} can't take the weights of this model ({failure.message}): start it with "
+                "the trainer's --model"
+            ) from failure
+
     def _update_id(self, weights: WeightsVersion) -> str:
         return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}"
+
+
+def _is_unseen(failure: RpcFailure) -> bool:
+    """Whether the server says that a directory is not there, or not where it may read."""
+    named = {violation.field for violation in failure.violations}
+    return "begin.directory.path" in named or failure.code is grpc.StatusCode.PERMISSION_DENIED
 
 
 def _is_cut_short(failure: RpcFailure) -> bool:
@@ -240,6 +311,10 @@ def _is_cut_short(failure: RpcFailure) -> bool:
     Its answer, which may be a passing one, is lost then. A server that means INTERNAL names the reason.
     """
     return failure.code is grpc.StatusCode.INTERNAL and not failure.reason
+
+
+async def _alone(begin: weights_pb2.Begin) -> AsyncIterator[weights_pb2.UpdateWeightsRequest]:
+    yield weights_pb2.UpdateWeightsRequest(begin=begin)
 
 
 async def _streamed(

@@ -26,6 +26,8 @@ from trainer.clients.waits import CallWatch, watched
 
 _log = get_logger(__name__)
 
+REWARD_SERVICE = "rlhf.reward.v1.RewardService"
+
 _DEFAULT_SAMPLES_PER_CALL = 64
 _DEFAULT_CALLS = 4
 _SAMPLE_OVERHEAD_BYTES = 8
@@ -203,10 +205,14 @@ class RewardClient:
 
         answer = await self._retried(attempt)
         if not answer.version:
-            raise BrokenServerError(f"reward server {self.target} states no version, so a run can't be held to it")
+            raise BrokenServerError(
+                f"reward server {self.target} states no version, so a run can't be held to it: let its "
+                "GetRewardInfo answer one"
+            )
         if answer.scope not in reward_pb2.Scope.values():
             raise BrokenServerError(
-                f"reward server {self.target} scores by scope {answer.scope}, which this trainer does not know"
+                f"reward server {self.target} scores by scope {answer.scope}, which this trainer does not know: "
+                "use a newer trainer, or a reward of SCOPE_SAMPLE or SCOPE_GROUP"
             )
         return RewardInfo(
             name=answer.name,

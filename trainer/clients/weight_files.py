@@ -50,3 +50,14 @@ def _write(root: Path, prefix: str, folder: Path, tensors: Sequence[tuple[str, T
     except SafetensorError as error:
         raise OSError(str(error)) from error
     return tuple(xxh3_64(byte_view(tensor)) for tensor in whole.values())
+
+
+@asynccontextmanager
+async def empty_folder(root: Path) -> AsyncIterator[str]:
+    """The name of a new, empty folder below `root`, until the context ends. Raises OSError."""
+    folder = root / f"empty-{uuid.uuid4().hex}"
+    await asyncio.to_thread(folder.mkdir)
+    try:
+        yield folder.name
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)

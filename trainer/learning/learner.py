@@ -126,6 +126,12 @@ class PPOLearner:
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._device = next(model.parameters()).device
 
+    @property
+    def computes_in(self) -> str:
+        """The coarsest type of a forward pass, by torch's name."""
+        mixed = self._accelerator is not None and self._accelerator.mixed_precision == "bf16"
+        return "bfloat16" if mixed else str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
     def step(self, batch: RolloutBatch) -> Statistics:
         """Train on `batch`, of at most or exactly `batch_size` samples, and return the statistics.
 
@@ -216,6 +222,25 @@ class PPOLearner:
             "time/ppo/calc_stats": finished - optimize_done,
             "time/ppo/total": finished - started,
         }
+
+    def logprobs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
+        """The policy's log-probabilities of the response tokens, as `step` computes them: [t_i] per row, on the CPU.
+
+        queries, responses: token ids, int64, [q_i] and [t_i], each of at least one token.
+        """
+        run_without_dropout(self._wrapped, checkpoint_activations=False)
+        assessment = assess(
+            self._wrapped,
+            None,
+            queries,
+            responses,
+            temperature=self.temperature,
+            with_full_kl=False,
+            mini_batch_size=self.config.samples_per_mini_batch,
+            pad_id=self._pad_id,
+            device=self._device,
+        )
+        return _ragged(assessment.logprobs, responses)
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's parameters under transformers' names, without the value head, tied ones once."""

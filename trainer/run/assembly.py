@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import yaml
-from accelerate.accelerator import Accelerator
 
 from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
-from trainer.learning.learner import PPOLearner
 from trainer.metrics import TrainerMetrics
-from trainer.run.checkpoints import CheckpointStore, RunState, exported_step, load_learner_state, load_state
-from trainer.run.loading import Loaded, load
+from trainer.run.checkpoints import RunState, load_learner_state
+from trainer.run.loading import prepare_torch
 from trainer.run.loop import Parts, Plan, TrainingLoop
+from trainer.run.preflight import Preflight
 from trainer.run.progress import Progress
-from trainer.run.prompts import PromptSource
 from trainer.run.records import RunRecords
 from trainer.run.rollouts import RolloutCollector, Sampling
-from trainer.run.runfolder import next_identity, store_identity
-from trainer.run.seeds import derive_seed
+from trainer.run.runfolder import store_identity
 from trainer.run.servers import Servers
+from trainer.run.start import checkpoint_store, find_start, model_folder
 from trainer.run.stopping import Stopped, StopSignal
 from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
@@ -41,6 +36,7 @@ _FREE_TO_CHANGE = frozenset(
         *("run_dir", "run_id", "resume", "model", "policy_server", "reward_server"),
         *("policy_timeout", "reward_timeout", "publish_timeout", "rollout_concurrency"),
         *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track"),
+        *("check", "check_patience", "max_logprob_gap", "other_reference"),
     }
 )
 
@@ -52,38 +48,31 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
     """
     stop = StopSignal()
     stop.listen()
-    identity = next_identity(settings.run_dir, run_id=settings.run_id, resume=settings.resume)
-    checkpoints = CheckpointStore(settings.run_dir / "checkpoints", keep=settings.keep_checkpoints)
-    checkpoint = checkpoints.latest()
-    stored = load_state(checkpoint) if checkpoint is not None else None
-    model_folder = settings.run_dir / "model"
-    if (
-        stored is not None
-        and stored.completed_step >= settings.steps
-        and (exported_step(model_folder) == stored.completed_step)
-    ):
-        _log.info("the run is finished already", steps=stored.completed_step, model=str(model_folder))
+    start = find_start(settings)
+    if start.stored is not None and start.finished:
+        _log.info("the run is finished already", steps=start.stored.completed_step, model=str(model_folder(settings)))
         return 0
+    identity = start.identity
     with bound_context(run_id=identity.run_id):
-        _prepare_torch(settings)
-        loaded = await asyncio.to_thread(load, settings, checkpoint)
-        store_identity(settings.run_dir, identity)
-        _note_settings(settings)
-        servers = Servers(settings, identity, loaded, waits)
-        async with servers:
+        prepare_torch(settings)
+        async with Servers(settings, run_id=identity.run_id, watch=waits.watch) as servers:
+            preflight = Preflight(settings, start, servers)
             try:
-                pins = await stop.interruptible(servers.hold_to(stored.pins if stored is not None else None))
+                await stop.interruptible(preflight.require())
             except Stopped:
                 return stop.exit_code
-            begun = stored or RunState(run_id=identity.run_id, incarnation=identity.incarnation, pins=pins)
+            servers.hold_to(preflight.needs, preflight.pins)
+            store_identity(settings.run_dir, identity)
+            _note_settings(settings)
+            begun = start.stored or RunState(identity.run_id, identity.incarnation, preflight.pins)
             state = replace(begun, incarnation=identity.incarnation)
-            with _parts(settings, state, loaded, servers, checkpoints, metrics, progress) as parts:
-                if checkpoint is not None:
-                    parts.learner.load_state_dict(load_learner_state(checkpoint))
-                return await _run_loop(TrainingLoop(_plan(settings), parts, state, stop), model_folder, stop)
+            with _parts(settings, state, preflight, servers, metrics, progress) as parts:
+                if start.checkpoint is not None:
+                    parts.learner.load_state_dict(load_learner_state(start.checkpoint))
+                return await _run_loop(TrainingLoop(_plan(settings), parts, state, stop), model_folder(settings), stop)
 
 
-async def _run_loop(loop: TrainingLoop, model_folder: Path, stop: StopSignal) -> int:
+async def _run_loop(loop: TrainingLoop, folder: Path, stop: StopSignal) -> int:
     try:
         await loop.run()
     except Stopped:
@@ -91,11 +80,12 @@ async def _run_loop(loop: TrainingLoop, model_folder: Path, stop: StopSignal) ->
         _log.info("stopped with a checkpoint; --resume goes on", step=loop.state.completed_step)
         return stop.exit_code
     except Exception:
-        if loop.at_boundary:
+        # Before the first step there is nothing to keep, and what is wrong may be what a checkpoint would pin.
+        if loop.at_boundary and loop.state.completed_step:
             await loop.save()
         raise
-    await loop.export(model_folder)
-    _log.info("finished", steps=loop.state.completed_step, model=str(model_folder))
+    await loop.export(folder)
+    _log.info("finished", steps=loop.state.completed_step, model=str(folder))
     return 0
 
 
@@ -118,36 +108,16 @@ def _note_settings(settings: TrainerSettings) -> None:
     file.write_text(to_yaml(settings), encoding="utf-8")
 
 
-def _prepare_torch(settings: TrainerSettings) -> None:
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    if settings.reproducible:
-        # cuBLAS reads it when CUDA starts; without it, torch refuses the first matrix product there.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    # A fresh value head draws its weights here.
-    torch.manual_seed(derive_seed(settings.seed, "model"))
-
-
 @contextlib.contextmanager
 def _parts(
     settings: TrainerSettings,
     state: RunState,
-    loaded: Loaded,
+    preflight: Preflight,
     servers: Servers,
-    checkpoints: CheckpointStore,
     metrics: TrainerMetrics,
     progress: Progress,
 ) -> Iterator[Parts]:
-    learner = PPOLearner(
-        loaded.model,
-        settings.ppo_config(),
-        reference=loaded.reference,
-        tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
-        temperature=settings.temperature,
-        old_logprobs=settings.old_logprobs.value,
-        accelerator=Accelerator(),
-    )
+    loaded = preflight.model
     collector = RolloutCollector(
         servers.policy,
         servers.rewards,
@@ -156,9 +126,6 @@ def _parts(
         concurrency=settings.rollout_concurrency,
         served_reference=loaded.reference is None,
         check_server=servers.publisher.ensure,
-    )
-    prompts = PromptSource(
-        loaded.training, loaded.tokenizer, seed=settings.seed, max_prompt_tokens=loaded.max_prompt_tokens
     )
     with contextlib.ExitStack() as closing:
         records = closing.enter_context(contextlib.closing(RunRecords(settings.run_dir, state.log_offsets)))
@@ -174,13 +141,14 @@ def _parts(
         yield Parts(
             model=loaded.model,
             tokenizer=loaded.tokenizer,
-            learner=learner,
+            learner=preflight.learner,
             local_reference=loaded.reference,
-            prompts=prompts,
-            held_out=loaded.held_out,
+            prompts=preflight.prompts,
+            held_out=preflight.held_out,
             publisher=servers.publisher,
             collector=collector,
-            checkpoints=checkpoints,
+            agreement=preflight.agreement,
+            checkpoints=checkpoint_store(settings),
             records=records,
             trackers=trackers,
             metrics=metrics,

@@ -12,7 +12,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.run.prompts import Cursor
 from trainer.run.runfolder import sync_folder
+from trainer.run.space import free_at, in_units
 from trainer.tokenizers import Saveable, save_tokenizer
 
 _STATE_FILE = "trainer_state.json"
@@ -33,7 +34,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read by this trainer; the message says why."""
+    """A checkpoint can't be read or written by this trainer; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class RunState:
     def from_json(cls, stored: dict[str, Any]) -> RunState:
         """Read what `to_json` made; raises CheckpointError for another format."""
         if stored.pop("format", None) != _FORMAT:
-            raise CheckpointError("the checkpoint was written by another version of the trainer")
+            raise CheckpointError(
+                "the checkpoint was written by another version of the trainer: go on with that, or begin a new run"
+            )
         return cls(**{**stored, "pins": Pins(**stored["pins"]), "cursor": Cursor(**stored["cursor"])})
 
 
@@ -84,6 +87,23 @@ class CheckpointStore:
         """The newest checkpoint, or None; only whole ones ever have their name."""
         found = self._all() if self._folder.exists() else []
         return found[-1] if found else None
+
+    def require_room(self, parameters: Iterable[Tensor]) -> str:
+        """Say how much room the checkpoints take and how much there is; raises CheckpointError when it is not enough.
+
+        A checkpoint holds the weights and, as large each, Adam's two moments. One more than `keep` lie there while the
+        oldest goes; what lies there now counts.
+        """
+        each = 3 * sum(parameter.nbytes for parameter in parameters)
+        there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
+        needed, free = max(0, (self._keep + 1) * each - there), free_at(self._folder)
+        said = f"{self._keep + 1} checkpoints of {in_units(each)}"
+        if free < needed:
+            raise CheckpointError(
+                f"{self._folder} has {in_units(free)} free, but {said} need {in_units(needed)}: make room, lower "
+                f"--keep-checkpoints ({self._keep}), or give a --run-dir elsewhere"
+            )
+        return f"{said}, {in_units(free)} free"
 
     def save(self, state: RunState, *, model: Saveable, tokenizer: Saveable, learner_state: Mapping[str, Any]) -> Path:
         """Write one, durably, then give it its name and remove the oldest beyond `keep`.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.accelerator import Accelerator
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.fingerprints import tokenizer_digest
 from rlhf.logs import get_logger
+from trainer.learning.learner import PPOLearner
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
@@ -28,7 +33,7 @@ class SettingsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """The policy being trained and what goes with it."""
 
     model: AutoModelForCausalLMWithValueHead
@@ -36,58 +41,99 @@ class Loaded:
     tokenizer_digest: str
     reference: PreTrainedModel | None
     max_prompt_tokens: int
-    training: Sequence[Record]
-    held_out: Sequence[Prompt]
 
     @property
     def logit_columns(self) -> int:
         """Width of the policy's logits, padding included."""
-        head = self.model.pretrained_model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        columns: int = head.weight.shape[0]
-        return columns
+        return _logit_columns(self.model.pretrained_model)
 
 
-def load(settings: TrainerSettings, checkpoint: Path | None) -> Loaded:
+@dataclass(frozen=True)
+class LoadedData:
+    """The rows to train on, and those to evaluate on."""
+
+    training: Sequence[Record]
+    held_out: Sequence[Record]
+
+
+def prepare_torch(settings: TrainerSettings) -> None:
+    """Set threads, determinism and the seed, before anything is loaded."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.reproducible:
+        # cuBLAS reads it when CUDA starts; without it, torch refuses the first matrix product there.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    # A fresh value head draws its weights here.
+    torch.manual_seed(derive_seed(settings.seed, "model"))
+
+
+def load_model(settings: TrainerSettings, checkpoint: Path | None) -> LoadedModel:
     """Load from the checkpoint, or at a run's beginning from what --model names; a fresh value head uses torch's seed.
 
-    Raises SettingsError and PromptDataError.
+    Raises SettingsError.
     """
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = str(checkpoint or settings.model)
-    try:
+    with _loading(source, "--model"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLMWithValueHead.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"can't load {source} (--model): {error}") from error
     realign_parameters(model)
     reference = None
     if settings.reference is ReferencePlace.TRAINER:
-        reference = AutoModelForCausalLM.from_pretrained(
-            settings.reference_model or settings.model, dtype=torch.float32
-        )
-        realign_parameters(reference)
-    max_prompt_tokens = _max_prompt_tokens(settings, _context_tokens(model))
-    training, held_out = _records(settings)
-    return Loaded(
+        reference = _load_reference(settings.reference_model or settings.model)
+        if (theirs := _logit_columns(reference)) != (ours := _logit_columns(model.pretrained_model)):
+            raise SettingsError(
+                f"the reference has {theirs} logit columns, --model {ours}: give a --reference-model of the same "
+                "vocabulary"
+            )
+    return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(tokenizer),
         reference=reference,
-        max_prompt_tokens=max_prompt_tokens,
-        training=training,
-        held_out=_usable([encode(record, tokenizer) for record in held_out], max_prompt_tokens),
+        max_prompt_tokens=_max_prompt_tokens(settings, _context_tokens(model)),
     )
 
 
-def _records(settings: TrainerSettings) -> tuple[Sequence[Record], Sequence[Record]]:
-    """Training records and held-out ones, which are the same rows at every start of the run."""
+def load_data(settings: TrainerSettings) -> LoadedData:
+    """Training records and held-out ones, which are the same rows at every start of the run.
+
+    Raises PromptDataError.
+    """
     records = load_records(settings.data, column=settings.prompt_column, split=settings.data_split)
     if settings.eval_prompts == 0:
-        return records, []
+        return LoadedData(records, [])
     if settings.eval_data is not None:
         others = load_records(settings.eval_data, column=settings.prompt_column, split=settings.eval_split)
-        return records, others[: settings.eval_prompts]
-    return split_off_held_out(records, most=min(settings.eval_prompts, len(records) // 5), seed=settings.seed)
+        return LoadedData(records, others[: settings.eval_prompts])
+    most = min(settings.eval_prompts, len(records) // 5)
+    return LoadedData(*split_off_held_out(records, most=most, seed=settings.seed))
+
+
+def usable_prompts(records: Sequence[Record], loaded: LoadedModel) -> list[Prompt]:
+    """Held-out records ready for a rollout; those that are empty or too long are left out with a warning."""
+    prompts = [encode(record, loaded.tokenizer) for record in records]
+    usable = [prompt for prompt in prompts if 0 < len(prompt.token_ids) <= loaded.max_prompt_tokens]
+    if len(usable) < len(prompts):
+        _log.warning("held-out prompts that are empty or too long are left out", count=len(prompts) - len(usable))
+    return usable
+
+
+def new_learner(settings: TrainerSettings, loaded: LoadedModel) -> PPOLearner:
+    """A learner that has trained nothing yet; raises SettingsError for what the model can't do."""
+    try:
+        return PPOLearner(
+            loaded.model,
+            settings.ppo_config(),
+            reference=loaded.reference,
+            tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
+            temperature=settings.temperature,
+            old_logprobs=settings.old_logprobs.value,
+            accelerator=Accelerator(),
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def split_off_held_out(records: Sequence[Record], *, most: int, seed: int) -> tuple[Sequence[Record], Sequence[Record]]:
@@ -108,11 +154,24 @@ def split_off_held_out(records: Sequence[Record], *, most: int, seed: int) -> tu
     return [record for record in records if record.row not in rows], held_out
 
 
-def _usable(prompts: Sequence[Prompt], max_prompt_tokens: int) -> list[Prompt]:
-    usable = [prompt for prompt in prompts if 0 < len(prompt.token_ids) <= max_prompt_tokens]
-    if len(usable) < len(prompts):
-        _log.warning("held-out prompts that are empty or too long are left out", count=len(prompts) - len(usable))
-    return usable
+@contextlib.contextmanager
+def _loading(source: str, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SettingsError(f"can't load {source} ({setting}): {error}") from error
+
+
+def _load_reference(source: str) -> PreTrainedModel:
+    with _loading(source, "--reference-model"):
+        reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    realign_parameters(reference)
+    return reference
+
+
+def _logit_columns(model: PreTrainedModel) -> int:
+    columns: int = model.get_output_embeddings().weight.shape[0]  # type: ignore[no-untyped-call]
+    return columns
 
 
 def _context_tokens(model: AutoModelForCausalLMWithValueHead) -> int | None:
@@ -128,13 +187,14 @@ def _max_prompt_tokens(settings: TrainerSettings, context: int | None) -> int:
     room = context - settings.max_new_tokens
     if room < 1:
         raise SettingsError(
-            f"max_new_tokens ({settings.max_new_tokens}) leaves no room for a prompt: the model's context is {context}"
+            f"max_new_tokens ({settings.max_new_tokens}) leaves no room for a prompt, as the model's context is "
+            f"{context}: lower --max-new-tokens"
         )
     if settings.max_prompt_tokens is None:
         return room
     if settings.max_prompt_tokens > room:
         raise SettingsError(
             f"max_prompt_tokens ({settings.max_prompt_tokens}) + max_new_tokens ({settings.max_new_tokens}) is more "
-            f"than the model's context of {context}"
+            f"than the model's context of {context}: lower one of them"
         )
     return settings.max_prompt_tokens

@@ -22,6 +22,7 @@ from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
 from trainer.metrics import TrainerMetrics
 from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.run.agreement import Agreement
 from trainer.run.checkpoints import CheckpointStore, RunState, save_model
 from trainer.run.heldout import logprobs_of, sample_line, summarize
 from trainer.run.progress import Progress
@@ -63,6 +64,7 @@ class Parts:
     held_out: Sequence[Prompt]
     publisher: WeightPublisher
     collector: RolloutCollector
+    agreement: Agreement
     checkpoints: CheckpointStore
     records: RunRecords
     trackers: Sequence[Tracker]
@@ -96,6 +98,7 @@ class TrainingLoop:
         self._parts.progress.resumed_at(self.state.completed_step)
         with self._phase("publish"):
             await self._stop.interruptible(self._publish())
+        await self._stop.interruptible(self._require_agreement())
         while True:
             if self._evaluation_is_due():
                 with self._phase("evaluate"):
@@ -142,6 +145,7 @@ class TrainingLoop:
                 self._learning = True
                 numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
                 self._learning = False
+            self._parts.agreement.watch(numbers.get("rollout/logprob_gap_mean"))
         self.state = replace(
             self.state,
             completed_step=step,
@@ -172,6 +176,12 @@ class TrainingLoop:
         await self._parts.publisher.publish(self._parts.learner.policy_parameters(), self._weights())
         self._parts.metrics.publishes.inc()
         self._parts.metrics.weights_version.set(self.state.version)
+
+    async def _require_agreement(self) -> None:
+        """The server's log-probabilities of the weights just published must be the trainer's, before any is used."""
+        agreement = self._parts.agreement
+        ours = await self._in_model_thread(lambda: agreement.probe.logprobs_by(self._parts.learner))
+        _log.info("log-probabilities agree", gaps=await agreement.require(ours, self._weights()))
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.completed_step, self._plan.eval_every

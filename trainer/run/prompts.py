@@ -82,7 +82,7 @@ def load_records(source: str, *, column: str, split: str = "train") -> list[Reco
     except TableError as error:
         raise PromptDataError(str(error)) from error
     if not table:
-        raise PromptDataError(f"{source}: there are no rows")
+        raise PromptDataError(f"{source}: there are no rows; give one that has some (--data, --eval-data)")
     # A column is sent as JSON or as plain strings in every row alike, so that rows fit into one request.
     json_keys = frozenset(
         key for row in table for key, value in row.items() if key != column and not isinstance(value, str | None)
@@ -151,8 +151,8 @@ class PromptSource:
             unusable_in_a_row = 0 if dropped is None else unusable_in_a_row + 1
             if unusable_in_a_row >= 2 * len(self._records):
                 raise PromptDataError(
-                    f"none of the {len(self._records)} prompts has 1 to {self._max_prompt_tokens} tokens "
-                    "(--max-prompt-tokens)"
+                    f"none of the {len(self._records)} prompts has 1 to {self._max_prompt_tokens} tokens: give shorter "
+                    "ones (--data), raise --max-prompt-tokens, or lower --max-new-tokens, which shares the context"
                 )
             cursor = self._next(cursor)
         return draws, cursor

@@ -36,11 +36,18 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunFolderError(f"{folder}: another trainer is running in this folder") from error
+        _lock(lock, folder)
         yield
+
+
+def require_free(folder: Path) -> None:
+    """Raise RunFolderError when another process holds the folder, or it can't be written to; nothing is made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise RunFolderError(f"{folder}: {existing} is no folder that this user may write to: give another --run-dir")
+    if (folder / ".lock").exists():
+        with (folder / ".lock").open("r") as lock:
+            _lock(lock, folder)
 
 
 def next_identity(folder: Path, *, run_id: str | None, resume: bool) -> RunIdentity:
@@ -54,9 +61,13 @@ def next_identity(folder: Path, *, run_id: str | None, resume: bool) -> RunIdent
             raise RunFolderError(f"{folder} holds a run already: go on with it by --resume, or give another --run-dir")
         stored = json.loads(file.read_text(encoding="utf-8"))
         if run_id not in (None, stored["run_id"]):
-            raise RunFolderError(f"{folder} holds run {stored['run_id']!r}, not {run_id!r}")
+            raise RunFolderError(
+                f"{folder} holds run {stored['run_id']!r}, not {run_id!r}: leave out --run-id, or give another "
+                "--run-dir"
+            )
         return RunIdentity(stored["run_id"], stored["incarnation"] + 1)
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES)
+    found = folder.iterdir() if folder.exists() else ()
+    strangers = sorted(path.name for path in found if path.name not in _OWN_FILES)
     if strangers:
         raise RunFolderError(f"{folder} is not empty ({', '.join(strangers[:5])}): give another --run-dir")
     return RunIdentity(run_id or uuid.uuid4().hex[:12], 1)
@@ -89,6 +100,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: another trainer is running in this folder; stop it, or give another --run-dir"
+        ) from error
 
 
 class JsonLines:

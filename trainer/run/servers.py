@@ -1,43 +1,36 @@
-"""The two servers of a run: connected, held to what the run began with, and checked again when they come back."""
+"""The two servers of a run: connected, and held to what the run needs and began with when they come back."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from rlhf.channel import call_metadata
-from rlhf.fingerprints import weights_digest
-from rlhf.logs import get_logger
 from trainer.clients.policy import REFERENCE, PolicyClient
 from trainer.clients.publisher import WeightPublisher
 from trainer.clients.rewards import RewardClient
+from trainer.clients.waits import CallWatch
 from trainer.run.checkpoints import Pins
-from trainer.run.loading import Loaded, SettingsError
-from trainer.run.pinning import check_pins, check_policy_server
-from trainer.run.runfolder import RunIdentity
-from trainer.run.waiting import WaitBoard
-from trainer.settings import TrainerSettings
-
-_log = get_logger(__name__)
+from trainer.run.pinning import Needs, check_pins, check_served_model
+from trainer.settings import ReferencePlace, TrainerSettings
 
 
 class Servers:
     """The clients of one run; as a context it closes them, ending every call."""
 
-    def __init__(self, settings: TrainerSettings, identity: RunIdentity, loaded: Loaded, waits: WaitBoard) -> None:
-        metadata = call_metadata(run_id=identity.run_id)
-        self._loaded = loaded
-        self._context_tokens = loaded.max_prompt_tokens + settings.max_new_tokens
-        self._pins: Pins | None = None
+    def __init__(self, settings: TrainerSettings, *, run_id: str, watch: Callable[[str], CallWatch]) -> None:
+        """`watch("policy")` and `watch("reward")` learn of the calls that wait."""
+        metadata = call_metadata(run_id=run_id)
+        self._served_reference = settings.reference is ReferencePlace.SERVER
+        self._held_to: tuple[Needs, Pins] | None = None
         self.publisher = WeightPublisher(
             settings.policy_server,
             timeout=settings.publish_timeout,
             # A server that was started again may be another: of another folder, with another reference.
             on_new_server=self._check_policy_server,
-            watch=waits.watch("policy"),
+            watch=watch("policy"),
             metadata=metadata,
             shared_folder=settings.weights_folder,
         )
@@ -45,36 +38,16 @@ class Servers:
             settings.policy_server,
             timeout=settings.policy_timeout,
             recover=self.publisher.ensure,
-            watch=waits.watch("policy"),
+            watch=watch("policy"),
             metadata=metadata,
         )
         self.rewards = RewardClient(
-            settings.reward_server,
-            run_id=identity.run_id,
-            timeout=settings.reward_timeout,
-            watch=waits.watch("reward"),
+            settings.reward_server, run_id=run_id, timeout=settings.reward_timeout, watch=watch("reward")
         )
 
-    async def hold_to(self, pins: Pins | None) -> Pins:
-        """Wait for both servers and hold them to `pins`, or, for a new run, to what they are now.
-
-        Raises PinError, RewardChangedError, and SettingsError when the reward needs a column that the data lacks.
-        """
-        self._pins = pins
-        await self.publisher.wait_ready()
-        await self._check_policy_server()
-        info = await self.rewards.pin(pins.reward_version if pins is not None else None)
-        columns = {key for record in self._loaded.training for key in record.metadata}
-        if missing := sorted(set(info.required_metadata) - columns):
-            raise SettingsError(
-                f"reward {info.name!r} needs the column(s) {', '.join(missing)}; the data has "
-                f"{', '.join(sorted(columns)) or 'none beside the prompt'}"
-            )
-        if pins is None:
-            self._pins = Pins(await self._reference_digest(), self._loaded.tokenizer_digest, info.version)
-            await self._warn_of_another_reference()
-        assert self._pins is not None
-        return self._pins
+    def hold_to(self, needs: Needs, pins: Pins) -> None:
+        """What a policy server must be that takes the weights from here on, whichever process it is."""
+        self._held_to = needs, pins
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,33 +58,9 @@ class Servers:
         await asyncio.gather(self.policy.close(), self.publisher.close(), self.rewards.close())
 
     async def _check_policy_server(self) -> None:
-        await check_policy_server(
-            self.policy,
-            tokenizer_digest=self._loaded.tokenizer_digest,
-            vocab_size=self._loaded.logit_columns,
-            context_tokens=self._context_tokens,
-        )
-        if self._pins is not None:
-            check_pins(
-                self._pins,
-                reference_digest=await self._reference_digest(),
-                tokenizer_digest=self._loaded.tokenizer_digest,
-            )
-
-    async def _reference_digest(self) -> str:
-        """Of the reference that the run uses, the trainer's own or the served one."""
-        if self._loaded.reference is not None:
-            return weights_digest(self._loaded.reference.named_parameters(), torch.float32)
-        return (await self.policy.get_model(REFERENCE)).weights_digest
-
-    async def _warn_of_another_reference(self) -> None:
-        if self._loaded.reference is not None:
-            return
-        served = await self.policy.get_model(REFERENCE)
-        dtype = getattr(torch, served.serving_dtype, None)
-        if isinstance(dtype, torch.dtype):
-            ours = weights_digest(self._loaded.model.pretrained_model.named_parameters(), dtype)
-            if ours != served.weights_digest:
-                _log.warning(
-                    "the served reference is not the model that this run starts from", target=self.policy.target
-                )
+        assert self._held_to is not None, "nothing is published before the servers are checked"
+        needs, pins = self._held_to
+        check_served_model(await self.policy.get_model(), needs, target=self.policy.target)
+        if self._served_reference:
+            served = await self.policy.get_model(REFERENCE)
+            check_pins(pins, reference_digest=served.weights_digest, tokenizer_digest=needs.tokenizer_digest)

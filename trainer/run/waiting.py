@@ -92,3 +92,30 @@ class ServerWatch:
     def over(self, call: object) -> None:
         """`call` waits no more."""
         self.board.over(self.on, call)
+
+
+class Patience:
+    """Waits that end: nothing is said of them, but the last reason of each server is kept for whoever gives up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.reasons: dict[str, str] = {}
+
+    def watch(self, on: str) -> PatientWatch:
+        """What the clients of server `on` ("policy" or "reward") report to."""
+        return PatientWatch(self, on)
+
+
+@dataclass(frozen=True)
+class PatientWatch:
+    """The side of one server's clients."""
+
+    patience: Patience
+    on: str
+
+    def waiting(self, call: object, waiting: Waiting) -> None:
+        """`call` can't succeed yet."""
+        self.patience.reasons[self.on] = waiting.reason
+
+    def over(self, call: object) -> None:
+        """`call` waits no more."""

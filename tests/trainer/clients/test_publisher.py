@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf.channel import RetryPolicy
-from rlhf.failures import RpcFailure, internal
+from rlhf.failures import RpcFailure, internal, invalid_argument, permission_denied, too_large
 from rlhf.policy.v1 import policy_pb2
 from tests.trainer.servers import MemoryWeights, serving
 from trainer.clients.publisher import PublishError, WeightPublisher
@@ -136,6 +136,36 @@ async def test_a_server_that_never_gets_further_than_internal_stops_the_run() ->
             await publisher.publish(TENSORS, version(1))
 
     assert len(server.updates) == 11
+
+
+async def test_a_server_of_a_model_of_another_shape_is_told_with_what_to_do() -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [invalid_argument("manifest.tensors[0].shape", "must be [3, 3]")]
+
+    async with publisher_to(server) as publisher:
+        with pytest.raises(PublishError, match=r"manifest.tensors\[0\].shape.*start it with the trainer's --model"):
+            await publisher.publish(TENSORS, version(1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (too_large("too many bytes"), True),
+        (invalid_argument("begin.directory.path", "no directory"), False),
+        (permission_denied("outside the root"), False),
+        (internal("a fault"), None),
+    ],
+)
+async def test_whether_the_server_finds_a_folder_is_read_from_why_it_refuses(
+    answer: RpcFailure, found: bool | None
+) -> None:
+    server = MemoryWeights()
+    server.fail_after_begin = [answer]
+
+    async with publisher_to(server) as publisher:
+        assert await publisher.finds("a-folder") is found
+
+    assert server.live == policy_pb2.WeightsVersion()
 
 
 async def test_an_internal_error_that_the_server_explains_is_final() -> None:

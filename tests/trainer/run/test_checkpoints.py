@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,16 @@ def test_realigned_parameters_lie_on_64_bytes_and_tied_ones_stay_tied(tmp_path: 
     assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
     assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}
     assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+
+
+def test_what_the_checkpoints_there_take_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, parameters = CheckpointStore(tmp_path / "checkpoints", keep=1), [torch.zeros(250)]  # 2 of 3 kB
+    free = shutil._ntuple_diskusage(10_000, 4_500, 5_500)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+
+    with pytest.raises(CheckpointError, match=r"5\.5 kB free, but 2 checkpoints of 3 kB need 6 kB: make room, lower"):
+        store.require_room(parameters)
+
+    save(store, 1)
+    (tmp_path / "checkpoints" / "step-000001" / "learner.pt").write_bytes(bytes(1_000))
+    assert store.require_room(parameters) == "2 checkpoints of 3 kB, 5.5 kB free"

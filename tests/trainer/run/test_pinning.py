@@ -1,51 +1,51 @@
-"""A run holds its servers to what it began with, and says what differs."""
+"""A run holds its servers to what it needs and began with, and says what differs."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
-from rlhf.policy.v1 import policy_pb2
-from tests.trainer.servers import ScriptedPolicy, completed, serving
-from trainer.clients.policy import PolicyClient
+from trainer.clients.policy import ModelInfo
 from trainer.run.checkpoints import Pins
-from trainer.run.pinning import PinError, check_pins, check_policy_server
+from trainer.run.pinning import Needs, PinError, check_pins, check_served_model, same_weights
+from trainer.versions import WeightsVersion
 
 PINS = Pins("xxh3_128:aa", "sha256:bb", "1")
+SERVED = ModelInfo(
+    model="policy",
+    weights=WeightsVersion(),
+    weights_digest="xxh3_128:aa",
+    serving_dtype="bfloat16",
+    tokenizer_digest="sha256:bb",
+    vocab_size=257,
+    eos_token_ids=(),
+    max_context_tokens=128,
+    max_message_bytes=0,
+    max_log_probs_tokens=0,
+    processed_logprobs=True,
+)
+NEEDS = Needs(tokenizer_digest="sha256:bb", logit_columns=257, context_tokens=128)
 
 
-async def check(server: ScriptedPolicy, *, context_tokens: int = 128) -> None:
-    async with serving(server.add_to) as address:
-        client = PolicyClient(address)
-        try:
-            await check_policy_server(
-                client, tokenizer_digest="sha256:bb", vocab_size=257, context_tokens=context_tokens
-            )
-        finally:
-            await client.close()
-
-
-async def test_a_server_of_the_same_model_passes() -> None:
-    await check(ScriptedPolicy(completed))
+def test_a_server_of_the_same_model_passes() -> None:
+    check_served_model(SERVED, NEEDS, target="here")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("tokenizer_digest", "sha256:cc", "another tokenizer"),
+        ("tokenizer_digest", "sha256:cc", "server here has another tokenizer"),
         ("vocab_size", 300, "300 logit columns, the trainer's --model 257"),
         ("max_context_tokens", 64, "takes 64 tokens .* may need 128: lower --max-prompt-tokens"),
-        ("logprobs", [policy_pb2.LOG_PROB_KIND_RAW], "LOG_PROB_KIND_PROCESSED"),
+        ("processed_logprobs", False, "LOG_PROB_KIND_PROCESSED"),
     ],
 )
-async def test_a_server_that_does_not_fit_is_refused_with_what_differs(field: str, value: Any, message: str) -> None:
-    server = ScriptedPolicy(completed)
-    server.model.ClearField(field)  # type: ignore[arg-type]
-    server.model.MergeFrom(policy_pb2.GetModelResponse(**{field: value}))
-
+def test_a_server_that_does_not_fit_is_refused_with_what_differs(field: str, value: Any, message: str) -> None:
     with pytest.raises(PinError, match=message):
-        await check(server)
+        check_served_model(replace(SERVED, **{field: value}), NEEDS, target="here")
 
 
 def test_what_the_run_began_with_passes() -> None:
@@ -60,3 +60,15 @@ def test_a_reference_of_a_trained_folder_is_refused_because_the_kl_would_begin_a
 def test_another_tokenizer_is_refused() -> None:
     with pytest.raises(PinError, match="not the one that this run began with"):
         check_pins(PINS, reference_digest="xxh3_128:aa", tokenizer_digest="sha256:cc")
+
+
+def test_weights_are_compared_in_the_type_that_they_are_served_in() -> None:
+    digests = {torch.float32: "xxh3_128:bb", torch.bfloat16: "xxh3_128:aa"}
+
+    assert same_weights(SERVED, digests.__getitem__)
+    assert same_weights(replace(SERVED, serving_dtype="float32"), digests.__getitem__) is False
+
+
+@pytest.mark.parametrize("theirs", [{"serving_dtype": "int8"}, {"serving_dtype": "awq"}, {"weights_digest": "md5:aa"}])
+def test_weights_of_a_server_that_digests_in_another_way_are_neither_the_same_nor_others(theirs: Any) -> None:
+    assert same_weights(replace(SERVED, **theirs), lambda _: "xxh3_128:aa") is None
