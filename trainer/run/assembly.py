@@ -77,7 +77,8 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
                 return stop.exit_code
             begun = stored or RunState(run_id=identity.run_id, incarnation=identity.incarnation, pins=pins)
             state = replace(begun, incarnation=identity.incarnation)
-            with _parts(settings, state, loaded, servers, checkpoints, metrics, progress) as parts:
+            resumed_step = stored.completed_step if stored is not None else None
+            with _parts(settings, state, resumed_step, loaded, servers, checkpoints, metrics, progress) as parts:
                 if checkpoint is not None:
                     parts.learner.load_state_dict(load_learner_state(checkpoint))
                 return await _run_loop(TrainingLoop(_plan(settings), parts, state, stop), model_folder, stop)
@@ -133,6 +134,7 @@ def _prepare_torch(settings: TrainerSettings) -> None:
 def _parts(
     settings: TrainerSettings,
     state: RunState,
+    resumed_step: int | None,
     loaded: Loaded,
     servers: Servers,
     checkpoints: CheckpointStore,
@@ -167,7 +169,7 @@ def _parts(
             run_id=state.run_id,
             folder=settings.run_dir,
             settings=settings.model_dump(mode="json"),
-            resumed_step=state.completed_step,
+            resumed_step=resumed_step,
         )
         for tracker in trackers:
             closing.callback(tracker.close)
