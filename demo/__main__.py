@@ -239,7 +239,7 @@ def _say_what_came_out(console: Console, report: Report, run_dir: Path, plan: Pl
     python = os.path.relpath(sys.executable)
     trained_at = yaml.safe_load(plan.trainer_config.read_text(encoding="utf-8")).get("temperature")
     temperature = f" --temperature {trained_at}" if trained_at is not None else ""
-    console.print(f"\n{run_dir}: report.json, learning.png, metrics.jsonl, samples.jsonl, checkpoints/, model/")
+    console.print(f"\n{run_dir}: report.html, report.json, metrics.jsonl, samples.jsonl, checkpoints/, model/")
     console.print("\nTalk to the tuned policy:", style="bold")
     console.print(
         f"  {python} -m policy_server --model {run_dir / 'model'} --listen 127.0.0.1:50051 &\n"

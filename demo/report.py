@@ -1,4 +1,4 @@
-"""What the run came to: numbers for report.json, a picture, and tables for the person who watched."""
+"""What the run came to: numbers for report.json, the page of the run, and tables for the person who watched."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from demo.processes import Endpoint
+from trainer.report.page import write_page
 
 
 class ReportError(Exception):
@@ -44,7 +45,7 @@ class Report:
 def write_report(
     run_dir: Path, *, seconds: float, seconds_training: float, endpoints: Mapping[str, Endpoint]
 ) -> Report:
-    """Write report.json and learning.png from the run's metrics. Raises ReportError without two evaluations."""
+    """Write report.json and report.html from the run's files. Raises ReportError without two evaluations."""
     lines = read_jsonl(run_dir / "metrics.jsonl")
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     if len(evaluations) < 2:
@@ -67,42 +68,13 @@ def write_report(
         metrics_urls={name: endpoint.metrics_url for name, endpoint in endpoints.items()},
     )
     (run_dir / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    draw_learning(lines, run_dir / "learning.png")
+    write_page([run_dir], run_dir / "report.html")
     return report
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One mapping per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
-def draw_learning(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Reward, KL and length over the steps, in training and on the held-out prompts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (
-        ("Mean reward", "reward_mean", "reward_mean"),
-        ("KL to the base model (nats per completion)", "objective/kl", "kl_mean"),
-        ("Mean length (tokens)", "rollout/length_mean", "length_mean"),
-    )
-    for axes, (title, trained, held_out) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for kind, name, label, style in (
-            ("step", trained, "training", {"alpha": 0.6}),
-            ("evaluation", held_out, "held out", {"marker": "o"}),
-        ):
-            points = [
-                (line["step"], line[name]) for line in lines if line["kind"] == kind and line.get(name) is not None
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("PPO step")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def print_report(console: Console, report: Report, run_dir: Path, *, reward: str) -> None:

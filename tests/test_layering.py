@@ -43,7 +43,7 @@ LAYERS = {
         {"ppo", "versions", "tokenizers", "metrics"},
         {"model", "settings"},
         {"learning", "clients"},
-        {"run", "quickstart"},
+        {"run", "quickstart", "report"},
         {"__init__", "__main__"},
     ),
 }

@@ -91,7 +91,7 @@ def test_it_runs_to_the_end_and_writes_what_it_promises(tmp_path: Path, demos: l
     assert report["steps"] == 2
     for name in ("reward_before", "reward_after", "kl", "seconds"):
         assert isinstance(report[name], float)
-    for name in ("metrics.jsonl", "samples.jsonl", "learning.png", "model/config.json", "checkpoints"):
+    for name in ("metrics.jsonl", "samples.jsonl", "report.html", "model/config.json", "checkpoints"):
         assert (demo.run_dir / name).exists()
     assert "before" in demo.output()
     assert not [pid for pid in report["pids"].values() if psutil.pid_exists(pid)]

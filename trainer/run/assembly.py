@@ -66,7 +66,8 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
             _note_settings(settings)
             begun = start.stored or RunState(identity.run_id, identity.incarnation, preflight.pins)
             state = replace(begun, incarnation=identity.incarnation)
-            with _parts(settings, state, preflight, servers, metrics, progress) as parts:
+            resumed_step = start.stored.completed_step if start.stored is not None else None
+            with _parts(settings, state, resumed_step, preflight, servers, metrics, progress) as parts:
                 if start.checkpoint is not None:
                     parts.learner.load_state_dict(load_learner_state(start.checkpoint))
                 return await _run_loop(TrainingLoop(_plan(settings), parts, state, stop), model_folder(settings), stop)
@@ -112,6 +113,7 @@ def _note_settings(settings: TrainerSettings) -> None:
 def _parts(
     settings: TrainerSettings,
     state: RunState,
+    resumed_step: int | None,
     preflight: Preflight,
     servers: Servers,
     metrics: TrainerMetrics,
@@ -134,7 +136,7 @@ def _parts(
             run_id=state.run_id,
             folder=settings.run_dir,
             settings=settings.model_dump(mode="json"),
-            resumed_step=state.completed_step,
+            resumed_step=resumed_step,
         )
         for tracker in trackers:
             closing.callback(tracker.close)

@@ -132,7 +132,6 @@ class TrainingLoop:
 
     async def _train_one_step(self) -> None:
         started = time.monotonic()
-        self._seconds.clear()
         step = self.state.completed_step + 1
         draws, cursor = self._parts.prompts.draw(self.state.cursor, self._plan.batch_size)
         with self._phase("rollout"):
@@ -208,7 +207,13 @@ class TrainingLoop:
             self.state = replace(self.state, best_reward=result.reward_mean, best_step=step)
         numbers = asdict(result)
         self._parts.records.metrics.write(
-            {"kind": "evaluation", "step": step, **numbers, "seconds": time.monotonic() - started}
+            {
+                "kind": "evaluation",
+                "step": step,
+                "incarnation": self.state.incarnation,
+                **numbers,
+                "seconds": time.monotonic() - started,
+            }
         )
         for rollout in rollouts:
             self._parts.records.samples.write(sample_line("evaluation", step, rollout))
@@ -266,8 +271,17 @@ class TrainingLoop:
             "time/step": seconds,
             "throughput/tokens_per_second": tokens / seconds,
         }
-        version = self.state.version
-        parts.records.metrics.write({"kind": "step", "step": step, "weights_version": version, **numbers})
+        # Here rather than where a step begins: an evaluation and a checkpoint count to the step that follows them.
+        self._seconds.clear()
+        parts.records.metrics.write(
+            {
+                "kind": "step",
+                "step": step,
+                "incarnation": self.state.incarnation,
+                "weights_version": self.state.version,
+                **numbers,
+            }
+        )
         for rollout in rollouts[: self._plan.sample_lines]:
             parts.records.samples.write(sample_line("step", step, rollout))
         parts.metrics.step.set(step)

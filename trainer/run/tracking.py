@@ -22,12 +22,15 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Event files under <run>/tensorboard; points after the step that a resumed run continues from are purged."""
+    """Event files under <run>/tensorboard; points after the step that a resumed run continues from are purged.
 
-    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+    `resumed_step` None: the run begins, and whatever an earlier start left before its first checkpoint is purged.
+    """
+
+    def __init__(self, folder: Path, *, resumed_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=0 if resumed_step is None else resumed_step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """One scalar each."""
@@ -41,12 +44,17 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run of the same id, continued when the run is resumed; WANDB_* variables apply."""
+    """A Weights & Biases run of the same id, continued when the run is resumed; WANDB_* variables apply.
+
+    What is logged there stays: steps that a resumed run makes again are there twice.
+    """
 
     def __init__(self, *, run_id: str, settings: Mapping[str, Any], folder: Path) -> None:
         import wandb
 
         self._run = wandb.init(id=run_id, resume="allow", config=dict(settings), dir=str(folder))
+        # Its own count of log calls would set evaluations and steps one after the other.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """One point."""
@@ -58,9 +66,12 @@ class WandbTracker:
 
 
 def open_trackers(
-    names: Sequence[TrackerName], *, run_id: str, folder: Path, settings: Mapping[str, Any], resumed_step: int
+    names: Sequence[TrackerName], *, run_id: str, folder: Path, settings: Mapping[str, Any], resumed_step: int | None
 ) -> list[Tracker]:
-    """Open each; raises ImportError naming the extra to install when its library is missing."""
+    """Open each; `resumed_step` is the checkpoint's that the run goes on from, None when it begins.
+
+    Raises ImportError naming the extra to install when a library is missing.
+    """
     trackers: list[Tracker] = []
     for name in names:
         try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
-from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -13,9 +11,7 @@ from rich.console import Console
 from rlhf.channel import Waiting
 from trainer.metrics import TrainerMetrics
 from trainer.run.progress import Progress
-from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
-from trainer.settings import TrackerName
 
 STATISTICS = {"ppo/mean_scores": 0.25, "objective/kl": 1.5, "tokens/responses_len_mean": 12.0, "undefined": None}
 
@@ -170,29 +166,3 @@ def test_failed_samples_are_counted_by_their_codes_of_which_there_may_be_few(reg
 
     assert (dropped("abstained", ""), dropped("failed", "MISSING_METADATA"), dropped("failed", "CODE_0")) == (2, 2, 1)
     assert dropped("failed", "OTHER") == 951
-
-
-def test_a_tracker_whose_library_is_missing_names_the_flag_and_the_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-
-    with pytest.raises(ImportError, match=r"--track wandb: pip install .*\[wandb\]"):
-        open_trackers([TrackerName.WANDB], run_id="run", folder=tmp_path, settings={}, resumed_step=0)
-
-
-def test_tensorboard_gets_every_number_once_although_a_step_is_run_again(tmp_path: object) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = Path(str(tmp_path))
-    for resumed, steps in ((0, (1, 2, 3)), (1, (2, 3))):
-        (tracker,) = open_trackers(
-            [TrackerName.TENSORBOARD], run_id="run", folder=folder, settings={}, resumed_step=resumed
-        )
-        for step in steps:
-            tracker.log(step, {"objective/kl": float(step)})
-        tracker.close()
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    assert [(point.step, point.value) for point in events.Scalars("objective/kl")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
