@@ -14,6 +14,8 @@ from tests.trainer.learning.support import load, make_batch, make_learner, param
 from trainer.learning.assessment import assess
 from trainer.learning.learner import NonFiniteLossError, PPOLearner
 from trainer.ppo.config import PPOConfig
+from trainer.responses.activations import fuse_activations
+from trainer.responses.packing import enable_packing
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +24,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logprobs_of(folder: Path, batch: Any, *, temperature: float = 1.0) -> list[torch.Tensor]:
+    model = load(folder)
+    fuse_activations(model)
     assessment = assess(
-        load(folder),
+        model,
         None,
         batch.queries,
         batch.responses,
         temperature=temperature,
         with_full_kl=False,
+        packed=enable_packing(model.pretrained_model),
         mini_batch_size=4,
         pad_id=0,
         device=torch.device("cpu"),
