@@ -392,9 +392,8 @@ def _prepare_forwards(model: nn.Module) -> bool:
 def _packed_where_possible(reference: nn.Module | None) -> nn.Module | None:
     if reference is None:
         return None
-    language_model = reference
-    if isinstance(reference, AutoModelForCausalLMWithValueHead):
-        language_model = reference.pretrained_model
+    with_head = isinstance(reference, AutoModelForCausalLMWithValueHead)
+    language_model: Any = reference.pretrained_model if with_head else reference
     return PackedReference(language_model) if _prepare_forwards(language_model) else reference
 
 

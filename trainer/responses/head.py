@@ -1,8 +1,8 @@
 """Log-probabilities and entropies from hidden states, never with a graph over positions × vocabulary.
 
-The projection onto the vocabulary and the softmax go block by block, small enough to stay in a CPU's cache (Milakov and
-Gimelshein 2018, "Online normalizer calculation for softmax"). What the gradient needs are the blocks' exponentials: they
-are kept while they fit into a budget, and computed again otherwise.
+The projection onto the vocabulary and the softmax go block by block, small enough to stay in a CPU's cache (Milakov
+and Gimelshein 2018, "Online normalizer calculation for softmax"). What the gradient needs are the blocks' exponentials:
+they are kept while they fit into a budget, and computed again otherwise.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from trainer.responses.products import product
 
 _POSITIONS, _COLUMNS = 512, 4096
 _KEPT_BYTES = 2**28
@@ -53,7 +51,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         blocks: list[_Block] = []
-        logprobs, entropies, normalizers = hidden.new_empty((3, len(hidden)), dtype=torch.float32)
+        logprobs, entropies, peaks, totals = hidden.new_empty((4, len(hidden)), dtype=torch.float32)
         budget = _KEPT_BYTES if any(ctx.needs_input_grad) else 0
         for rows in _cut(len(hidden), _POSITIONS):
             highest = torch.full_like(logprobs[rows], torch.finfo(torch.float32).min)
@@ -61,7 +59,7 @@ class _HeadLogprobs(torch.autograd.Function):
             for columns in _cut(len(weight), _COLUMNS):
                 logits = _logits(hidden[rows], weight, bias, columns, temperature)
                 inside, column = _find(tokens[rows], columns)
-                chosen[inside] = logits[inside, column]
+                chosen = torch.where(inside, logits.gather(1, column).squeeze(1), chosen)
                 before, highest = highest, torch.maximum(highest, logits.amax(1))
                 shift = before - highest
                 logits -= highest[:, None]
@@ -70,10 +68,10 @@ class _HeadLogprobs(torch.autograd.Function):
                 total = total * shift.exp() + exponentials.sum(1)
                 budget -= exponentials.nbytes
                 blocks.append(_Block(rows, columns, highest, exponentials if budget >= 0 else None))
-            normalizers[rows] = highest + total.log()
-            logprobs[rows] = chosen - normalizers[rows]
+            peaks[rows], totals[rows] = highest, total
+            logprobs[rows] = (chosen - highest) - total.log()
             entropies[rows] = total.log() - weighted / total
-        ctx.save_for_backward(hidden, weight, bias, tokens, normalizers)
+        ctx.save_for_backward(hidden, weight, bias, tokens, peaks, totals)
         ctx.blocks, ctx.temperature = blocks, temperature
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -81,11 +79,11 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _entropies: Tensor) -> tuple[Tensor | None, ...]:
         """∂ log p(token) / ∂ logits = [is the token] − p."""
-        hidden, weight, bias, tokens, normalizers = ctx.saved_tensors
-        by_hidden, by_weight, by_bias = (
-            torch.zeros_like(wanted) if needed else None
-            for wanted, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        )
+        hidden, weight, bias, tokens, peaks, totals = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        by_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        by_weight = torch.empty_like(weight) if needs_weight else None
+        by_bias = torch.zeros_like(bias) if needs_bias else None
         gradient = gradient / ctx.temperature
         for block in ctx.blocks:
             rows, columns = block.rows, block.columns
@@ -93,14 +91,17 @@ class _HeadLogprobs(torch.autograd.Function):
             if terms is None:
                 logits = _logits(hidden[rows], weight, bias, columns, ctx.temperature)
                 terms = logits.sub_(block.highest[:, None]).exp_()
-            terms *= (-gradient[rows] * (block.highest - normalizers[rows]).exp())[:, None]
+            terms *= (-gradient[rows] * (block.highest - peaks[rows]).exp() / totals[rows])[:, None]
             inside, column = _find(tokens[rows], columns)
-            terms[inside, column] += gradient[rows][inside]
+            own = terms.gather(1, column) + (gradient[rows] * inside)[:, None]
+            terms.scatter_(1, column, own)
             terms = terms.to(hidden.dtype)
             if by_hidden is not None:
                 by_hidden[rows].addmm_(terms, weight[columns])
             if by_weight is not None:
-                by_weight[columns].addmm_(terms.t(), hidden[rows])
+                torch.addmm(
+                    by_weight[columns], terms.t(), hidden[rows], beta=float(rows.start > 0), out=by_weight[columns]
+                )
             if by_bias is not None:
                 by_bias[columns] += terms.sum(0)
         del ctx.blocks
@@ -113,13 +114,14 @@ def _cut(length: int, size: int) -> Iterator[slice]:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: slice, temperature: float) -> Tensor:
     """fp32, the caller's to change."""
-    logits = product(hidden, weight[columns]).float()
+    logits = (hidden @ weight[columns].t()).float()
     if bias is not None:
         logits += bias[columns]
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _find(tokens: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which rows have their token among the columns, and where."""
-    inside = ((tokens >= columns.start) & (tokens < columns.stop)).nonzero().squeeze(1)
-    return inside, tokens[inside] - columns.start
+    """bool [rows]: whose token is among the columns; int64 [rows, 1]: where, or anywhere if it is not."""
+    column = tokens - columns.start
+    width = columns.stop - columns.start
+    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]

@@ -1,8 +1,9 @@
 """Attention within rows that follow each other without padding.
 
 Everything but attention treats each token by itself, and so needs no padding; attention alone spreads the rows out,
-and since padding comes last, being causal is mask enough. Only the architectures below are known to mix tokens nowhere
-else, to take positions as an argument, and to make logits of the last hidden states by their head alone.
+and since padding comes last, being causal is mask enough. After the last attention, tokens that nobody asks about are
+left out. Only the architectures below are known to mix tokens nowhere else, to take positions as an argument, and to
+make logits of the last hidden states by their head alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trainer.responses.rows import PackedRows
 
@@ -34,8 +36,37 @@ def enable_packing(model: PreTrainedModel) -> bool:
         return False
     if model.config._attn_implementation not in ("sdpa", _NAME):
         return False
-    model.set_attn_implementation(_NAME)
+    if model.config._attn_implementation != _NAME:
+        model.set_attn_implementation(_NAME)
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        _LastMlp(layers[-1])
     return True
+
+
+class _LastMlp:
+    """Stands in for the forward of the last layer's MLP: that of the tokens that are asked about, 0 for the others.
+
+    The layer's attention tells which; it does so again where activations are recomputed.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        mlp: Any = layer.mlp
+        self._plain = mlp.forward
+        self._asked: Tensor | None = None
+        mlp.forward = self
+        attention_module: Any = getattr(layer, "attn", None) or layer.self_attn
+        attention_module.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def __call__(self, hidden_states: Tensor) -> Any:
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return self._plain(hidden_states)
+        outputs = self._plain(hidden_states.index_select(1, asked))
+        return torch.zeros_like(hidden_states, dtype=outputs.dtype).index_copy(1, asked, outputs)
+
+    def _note(self, _attention: nn.Module, _arguments: Any, kwargs: dict[str, Any]) -> None:
+        packed_rows: PackedRows | None = kwargs.get("packed_rows")
+        self._asked = None if packed_rows is None else packed_rows.asked
 
 
 def attention(
@@ -53,11 +84,11 @@ def attention(
     With `packed_rows`: batch 1, and `attention_mask` says nothing.
     """
     if packed_rows is None:
-        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-untyped-call]
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
     query, key, value = (_spread(states, packed_rows) for states in (query, key, value))
-    window = kwargs.get("sliding_window")
-    limited = window is not None and packed_rows.longest > window
+    window: int = kwargs.get("sliding_window") or packed_rows.longest
+    limited = packed_rows.longest > window
     spread = F.scaled_dot_product_attention(
         query,
         key,
@@ -75,7 +106,7 @@ def _spread(states: Tensor, rows: PackedRows) -> Tensor:
     """[1, heads, tokens, width] → [rows, heads, longest, width], 0 on padding."""
     by_token = states[0].transpose(0, 1)
     spread = by_token.new_zeros(rows.count * rows.longest, *by_token.shape[1:]).index_copy(0, rows.slots, by_token)
-    return spread.unflatten(0, (rows.count, rows.longest)).transpose(1, 2)
+    return spread.view(rows.count, rows.longest, *by_token.shape[1:]).transpose(1, 2)
 
 
 def _within(window: int, longest: int, device: torch.device) -> Tensor:

@@ -17,6 +17,8 @@ class PackedRows:
     longest: int
     slots: Tensor
     """int64 [tokens]: the place of each token in a flattened [count, L]."""
+    asked: Tensor
+    """int64 [N]: the tokens whose last hidden state somebody asks for."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ResponseRows:
 def collate(
     queries: Sequence[Tensor], responses: Sequence[Tensor], *, packed: bool, pad_id: int, device: torch.device
 ) -> ResponseRows:
-    """Rows of query + response on `device`. Every query and response has at least one token; `pad_id` is for padding."""
+    """Rows of query + response on `device`, each of at least one token; `pad_id` fills padding."""
     query_lengths = torch.tensor([len(query) for query in queries])
     response_lengths = torch.tensor([len(response) for response in responses])
     lengths = query_lengths + response_lengths - 1
@@ -68,12 +70,13 @@ def collate(
         "tokens": torch.cat(list(responses)).to(device),
     }
     if packed:
+        where = before_response[is_token].nonzero().squeeze(1).to(device)
         return ResponseRows(
             input_ids=torch.cat(ids)[None].to(device),
-            packed=PackedRows(count, longest, is_token.flatten().nonzero().squeeze(1).to(device)),
+            packed=PackedRows(count, longest, is_token.flatten().nonzero().squeeze(1).to(device), where),
             position_ids=columns.expand_as(is_token)[is_token][None].to(device),
             attention_mask=None,
-            where=before_response[is_token].nonzero().squeeze(1).to(device),
+            where=where,
             first=0,
             **common,
         )

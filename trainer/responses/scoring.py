@@ -57,7 +57,7 @@ def scores_and_values(model: nn.Module, rows: ResponseRows, temperature: float) 
 
 
 def logprobs_under(reference: nn.Module, rows: ResponseRows, temperature: float) -> Tensor:
-    """Log-probabilities [N] of the response tokens under a `PackedReference`, or under any causal LM for padded rows."""
+    """Log-probabilities [N] of the response tokens. `rows` are packed for a `PackedReference`, padded for others."""
     if isinstance(reference, PackedReference):
         logprobs: Tensor = reference(rows, temperature)
         return logprobs

@@ -16,6 +16,7 @@ from accelerate.accelerator import Accelerator
 from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
 from trainer.learning.learner import PPOLearner
+from trainer.learning.memory import keep_freed_memory
 from trainer.metrics import TrainerMetrics
 from trainer.run.checkpoints import CheckpointStore, RunState, exported_step, load_learner_state, load_state
 from trainer.run.loading import Loaded, load
@@ -119,6 +120,7 @@ def _note_settings(settings: TrainerSettings) -> None:
 
 
 def _prepare_torch(settings: TrainerSettings) -> None:
+    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.reproducible:
@@ -146,7 +148,7 @@ def _parts(
         tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
         temperature=settings.temperature,
         old_logprobs=settings.old_logprobs.value,
-        accelerator=Accelerator(),
+        accelerator=Accelerator(mixed_precision=settings.mixed_precision.value),
     )
     collector = RolloutCollector(
         servers.policy,

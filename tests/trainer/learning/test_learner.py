@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import make_tiny_gpt2
@@ -236,6 +238,30 @@ def test_an_accelerator_on_the_cpu_changes_nothing(folder: Path) -> None:
     for learner in (plain, accelerated):
         learner.step(make_batch())
     assert same(parameters(plain), parameters(accelerated))
+
+
+@pytest.fixture
+def bf16() -> Iterator[Accelerator]:
+    """accelerate keeps one precision for the whole process."""
+    AcceleratorState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
+def test_bf16_autocast_moves_fp32_weights_about_where_fp32_moves_them(folder: Path, bf16: Accelerator) -> None:
+    full, half = make_learner(folder), make_learner(folder, accelerator=bf16)
+    before = parameters(full)
+    statistics = [learner.step(make_batch()) for learner in (full, half)]
+    assert all(parameter.dtype == torch.float32 for parameter in parameters(half).values())
+    moved, moved_half = (
+        torch.cat([(after - before[name]).flatten() for name, after in parameters(learner).items()])
+        for learner in (full, half)
+    )
+    assert not torch.equal(moved, moved_half)
+    assert torch.cosine_similarity(moved, moved_half, dim=0) > 0.8
+    assert statistics[1]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    difference = torch.cat(statistics[0]["objective/logprobs"]) - torch.cat(statistics[1]["objective/logprobs"])
+    assert 0 < difference.abs().max() < 0.5
 
 
 def test_the_policy_s_parameters_have_the_names_of_transformers(folder: Path) -> None:
