@@ -41,7 +41,8 @@ LAYERS = {
     ),
     "trainer": (
         {"ppo", "versions", "tokenizers", "metrics"},
-        {"model", "settings"},
+        {"responses", "settings"},
+        {"model"},
         {"learning", "clients"},
         {"run", "quickstart", "report"},
         {"__init__", "__main__"},

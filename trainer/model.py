@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from trainer.responses.rows import ResponseRows
+from trainer.responses.scoring import packed_scores
+
 VALUE_HEAD_PREFIX = "v_head."
 
 # from_pretrained hands these to transformers; they also say where the value head's file lies.
@@ -38,7 +41,7 @@ class ValueHead(nn.Module):
         self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[batch, time, hidden] of any dtype → values [batch, time] in the head's dtype."""
+        """[..., hidden] of any dtype → values [...] in the head's dtype."""
         weight = self.summary.weight
         hidden_states = self.dropout(hidden_states.to(weight.device)).to(weight.dtype)
         values: Tensor = self.summary(hidden_states)
@@ -136,15 +139,23 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_past_key_values: bool = False,
+        responses: ResponseRows | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """(logits, loss, values), and past_key_values if `return_past_key_values`.
+
+        Given packed `responses` alone: (log-probabilities at `temperature`, entropies, values) of and before the
+        response tokens, each fp32 [N]. It is here so that what wraps a module's call (autocast, DDP, FSDP) wraps it.
 
         input_ids, attention_mask, position_ids: [batch, time] integers. logits: fp32 [batch, time, vocabulary], or only
         the last `logits_to_keep` positions (> 0), or those that a 1-D tensor of positions names: the vocabulary
         projection is most of a small model's work. loss: None unless `labels` are given. values: fp32 [batch, time],
         every position always. `position_ids` is left out for models without positions (ALiBi).
         """
+        if responses is not None:
+            logprobs, entropies, hidden_states = packed_scores(self.pretrained_model, responses, temperature)
+            return logprobs, entropies, self.v_head(hidden_states)
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if position_ids is not None and "position_ids" in self._forward_parameters:
             arguments["position_ids"] = position_ids

@@ -36,6 +36,13 @@ class OldLogProbs(enum.StrEnum):
     ROLLOUT = "rollout"
 
 
+class MixedPrecision(enum.StrEnum):
+    """What the forward and backward passes compute in; weights, losses and the optimizer are fp32 always."""
+
+    NO = "no"
+    BF16 = "bf16"
+
+
 _UNTRAINABLE = {
     "top_k",
     "top_p",
@@ -136,6 +143,10 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     )
     old_logprobs: OldLogProbs = Field(
         OldLogProbs.TRAINER, description="Old log-probabilities: recomputed by the trainer, or as sampled (rollout)"
+    )
+
+    mixed_precision: MixedPrecision = Field(
+        MixedPrecision.NO, description="Compute in fp32 (no) or by bf16 autocast; weights and losses are fp32 always"
     )
 
     rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight", json_schema_extra=_unit("calls"))

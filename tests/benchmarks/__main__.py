@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import latency, logprobs, output, rollout, roofline, score, swap
+from tests.benchmarks import latency, logprobs, output, rollout, roofline, score, step, swap
 from tests.benchmarks.measuring import Report
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import process_factory
@@ -24,6 +24,7 @@ BENCHMARKS: Mapping[str, Callable[..., Awaitable[Report]]] = {
     "swap": swap.measure,
     "logprobs": logprobs.measure,
     "score": score.measure,
+    "step": step.measure,
 }
 
 _WORK: Mapping[str, Callable[..., Any]] = {

@@ -10,12 +10,15 @@ import pytest
 
 from tests.benchmarks.__main__ import BENCHMARKS, main
 
-SLOW = {"rollout", "swap", "logprobs"}
+MARKS = {
+    "rollout": pytest.mark.slow,
+    "swap": pytest.mark.slow,
+    "logprobs": pytest.mark.slow,
+    "step": (pytest.mark.slow, pytest.mark.trl),
+}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in BENCHMARKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in BENCHMARKS])
 def test_a_benchmark_prints_its_table_and_writes_all_of_its_figures(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,12 +83,18 @@ def check_score(found: dict[str, Any]) -> None:
     assert all(server["p99"] >= server["p50"] > 0 for server in found["servers"].values())
 
 
+def check_step(found: dict[str, Any]) -> None:
+    assert set(found["rounds"]) == set(found["ratios"]) == {"TRL 0.11.4", "ours", "ours, bf16"}
+    assert found["largest_differences"]["ours"] < 1e-5
+
+
 CHECKS = {
     "rollout": check_rollout,
     "latency": check_latency,
     "swap": check_swap,
     "logprobs": check_logprobs,
     "score": check_score,
+    "step": check_step,
 }
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from trainer.learning.forward import ResponseRows, collate, response_distribution, response_distribution_and_values
 from trainer.ppo.kl import full_kl
 from trainer.ppo.logprobs import token_logprobs
+from trainer.responses.rows import ResponseRows, collate
+from trainer.responses.scoring import (
+    PackedReference,
+    distribution_and_values,
+    logprobs_under,
+    response_distribution,
+    scores_and_values,
+)
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,15 @@ def assess(
     *,
     temperature: float,
     with_full_kl: bool,
+    packed: bool,
     mini_batch_size: int,
     pad_id: int,
     device: torch.device,
 ) -> Assessment:
     """Forward the batch once through `model` (with value head) and `reference`, `mini_batch_size` rows at a time.
 
-    Whole distributions never leave a mini-batch.
+    packed: whether `model` reads packed rows; `with_full_kl` it gets padded ones all the same, since it needs whole
+    distributions, which never leave a mini-batch.
     """
     logprobs: list[Tensor] = []
     values: list[Tensor] = []
@@ -50,15 +59,27 @@ def assess(
     kl: list[Tensor] = []
     for start in range(0, len(queries), mini_batch_size):
         chosen = slice(start, start + mini_batch_size)
-        rows = collate(queries[chosen], responses[chosen], pad_id=pad_id, device=device)
-        distribution, row_values = response_distribution_and_values(model, rows, temperature)
-        logprobs.extend(_unpacked(rows, token_logprobs(distribution, rows.tokens)))
-        values.extend(_unpacked(rows, row_values))
-        if reference is not None:
+
+        def rows_of(*, packed: bool, chosen: slice = chosen) -> ResponseRows:
+            return collate(queries[chosen], responses[chosen], packed=packed, pad_id=pad_id, device=device)
+
+        if with_full_kl:
+            assert reference is not None
+            rows = rows_of(packed=False)
+            distribution, row_values = distribution_and_values(model, rows, temperature)
             other = response_distribution(reference, rows, temperature)
-            reference_logprobs.extend(_unpacked(rows, token_logprobs(other, rows.tokens)))
-            if with_full_kl:
-                kl.extend(_unpacked(rows, full_kl(distribution, other)))
+            logprobs.extend(rows.unpacked(token_logprobs(distribution, rows.tokens)))
+            values.extend(rows.unpacked(row_values))
+            reference_logprobs.extend(rows.unpacked(token_logprobs(other, rows.tokens)))
+            kl.extend(rows.unpacked(full_kl(distribution, other)))
+            continue
+        rows = rows_of(packed=packed)
+        row_logprobs, _, row_values = scores_and_values(model, rows, temperature)
+        logprobs.extend(rows.unpacked(row_logprobs))
+        values.extend(rows.unpacked(row_values))
+        if reference is not None:
+            rows = rows_of(packed=isinstance(reference, PackedReference))
+            reference_logprobs.extend(rows.unpacked(logprobs_under(reference, rows, temperature)))
     return Assessment(
         logprobs=pad_rows(logprobs, device),
         values=pad_rows(values, device),
@@ -70,8 +91,3 @@ def assess(
 def pad_rows(rows: Sequence[Tensor], device: torch.device) -> Tensor:
     """Rows [t_i] of any dtype → [batch, longest] fp32 on `device`, 0 on padding."""
     return nn.utils.rnn.pad_sequence([row.detach().to(device, torch.float32) for row in rows], batch_first=True)
-
-
-def _unpacked(rows: ResponseRows, packed: Tensor) -> Iterator[Tensor]:
-    """[N] → one [t_i] per row."""
-    return iter(torch.split(packed, rows.mask.sum(1).tolist()))

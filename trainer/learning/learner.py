@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from trainer.learning.assessment import assess, pad_rows
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.experience import Experience, gather_experience
-from trainer.learning.forward import collate, response_distribution_and_values, run_without_dropout
+from trainer.learning.forward import run_without_dropout
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.controllers import adapted_kl_coefficient
 from trainer.ppo.kl import KlPenalty, estimated_kl
-from trainer.ppo.logprobs import entropy, token_logprobs
 from trainer.ppo.losses import policy_loss, value_loss
 from trainer.ppo.minibatches import split_into_updates
 from trainer.ppo.moments import RunningMoments, clip_scores, scale_scores
@@ -35,6 +34,10 @@ from trainer.ppo.statistics import (
     minibatch_statistics,
     objective_statistics,
 )
+from trainer.responses.activations import fuse_activations
+from trainer.responses.packing import enable_packing
+from trainer.responses.rows import collate
+from trainer.responses.scoring import PackedReference, scores_and_values
 
 
 class NonFiniteLossError(RuntimeError):
@@ -110,17 +113,20 @@ class PPOLearner:
         self.model = model
         self._accelerator = accelerator
         self._wrapped: nn.Module = model
-        self._reference = reference
+        self._packed = _prepare_forwards(model.pretrained_model)
+        self._reference = reference if full else _packed_where_possible(reference)
         if config.gradient_checkpointing:
             _enable_checkpointing(model.pretrained_model)
         self._optimizer: torch.optim.Optimizer = optimizer or torch.optim.Adam(
-            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=config.learning_rate
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            fused=True,
         )
         self._lr_scheduler = lr_scheduler
         if accelerator is not None:
             self._wrapped, self._optimizer = accelerator.prepare(model, self._optimizer)
-            if reference is not None:
-                self._reference = accelerator.prepare_model(reference, evaluation_mode=True)
+            if self._reference is not None:
+                self._reference = accelerator.prepare_model(self._reference, evaluation_mode=True)
         if self._reference is not None:
             self._reference.requires_grad_(False).eval()
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -156,6 +162,7 @@ class PPOLearner:
             responses,
             temperature=self.temperature,
             with_full_kl=full,
+            packed=self._packed,
             mini_batch_size=config.samples_per_mini_batch,
             pad_id=self._pad_id,
             device=self._device,
@@ -234,6 +241,7 @@ class PPOLearner:
             None,
             queries,
             responses,
+            packed=self._packed,
             temperature=self.temperature,
             with_full_kl=False,
             mini_batch_size=self.config.samples_per_mini_batch,
@@ -342,11 +350,10 @@ class PPOLearner:
     ) -> _MiniBatch:
         """Add `weight` times the gradient of one mini-batch's loss."""
         config = self.config
-        rows = collate(queries, responses, pad_id=self._pad_id, device=self._device)
+        rows = collate(queries, responses, packed=self._packed, pad_id=self._pad_id, device=self._device)
         experience = experience.cut(rows.mask.shape[1])
-        distribution, packed_values = response_distribution_and_values(self._wrapped, rows, self.temperature)
-        logprobs = rows.padded(token_logprobs(distribution, rows.tokens))
-        values = rows.padded(packed_values)
+        scores = scores_and_values(self._wrapped, rows, self.temperature)
+        logprobs, entropies, values = (rows.padded(each) for each in scores)
         policy = policy_loss(
             logprobs, experience.old_logprobs, experience.advantages, experience.mask, cliprange=config.cliprange
         )
@@ -357,7 +364,7 @@ class PPOLearner:
             policy=policy,
             value=value,
             vf_coef=config.vf_coef,
-            entropy=rows.padded(entropy(distribution.detach())),
+            entropy=entropies,
             values=values,
             old_values=experience.old_values,
             advantages=experience.advantages,
@@ -400,6 +407,20 @@ class PPOLearner:
 def _ragged(padded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
     """[batch, time] → one [t_i] on the CPU per row of `rows`."""
     return [values[: len(row)].cpu() for values, row in zip(padded, rows, strict=True)]
+
+
+def _prepare_forwards(model: nn.Module) -> bool:
+    """Let a language model compute as cheaply as we know how to; whether it reads packed rows."""
+    fuse_activations(model)
+    return isinstance(model, PreTrainedModel) and enable_packing(model)
+
+
+def _packed_where_possible(reference: nn.Module | None) -> nn.Module | None:
+    if reference is None:
+        return None
+    with_head = isinstance(reference, AutoModelForCausalLMWithValueHead)
+    language_model: Any = reference.pretrained_model if with_head else reference
+    return PackedReference(language_model) if _prepare_forwards(language_model) else reference
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

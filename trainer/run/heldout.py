@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from trainer.clients.rewards import Scored
-from trainer.learning.forward import collate, response_distribution
-from trainer.ppo.logprobs import token_logprobs
+from trainer.responses.rows import collate
+from trainer.responses.scoring import logprobs_under
 from trainer.run.rollouts import Rollout
 
 
@@ -63,11 +63,12 @@ def logprobs_of(
         rows = collate(
             [torch.tensor(rollouts[index].prompt.token_ids) for index in chosen],
             responses,
+            packed=False,
             pad_id=pad_id,
             device=device,
         )
-        packed = token_logprobs(response_distribution(reference, rows, temperature), rows.tokens)
-        for index, values in zip(chosen, torch.split(packed, [len(response) for response in responses]), strict=True):
+        logprobs = logprobs_under(reference, rows, temperature)
+        for index, values in zip(chosen, rows.unpacked(logprobs), strict=True):
             result[index] = values.tolist()
     return result
 

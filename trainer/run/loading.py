@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rlhf.fingerprints import tokenizer_digest
 from rlhf.logs import get_logger
 from trainer.learning.learner import PPOLearner
+from trainer.learning.memory import keep_freed_memory
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
@@ -57,7 +58,8 @@ class LoadedData:
 
 
 def prepare_torch(settings: TrainerSettings) -> None:
-    """Set threads, determinism and the seed, before anything is loaded."""
+    """Set threads, memory, determinism and the seed, before anything is loaded."""
+    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.reproducible:
@@ -130,7 +132,7 @@ def new_learner(settings: TrainerSettings, loaded: LoadedModel) -> PPOLearner:
             tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
             temperature=settings.temperature,
             old_logprobs=settings.old_logprobs.value,
-            accelerator=Accelerator(),
+            accelerator=Accelerator(mixed_precision=settings.mixed_precision.value),
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error

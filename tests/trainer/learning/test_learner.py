@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from tests.support.models import make_tiny_gpt2
@@ -14,6 +16,8 @@ from tests.trainer.learning.support import load, make_batch, make_learner, param
 from trainer.learning.assessment import assess
 from trainer.learning.learner import NonFiniteLossError, PPOLearner
 from trainer.ppo.config import PPOConfig
+from trainer.responses.activations import fuse_activations
+from trainer.responses.packing import enable_packing
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +26,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logprobs_of(folder: Path, batch: Any, *, temperature: float = 1.0) -> list[torch.Tensor]:
+    model = load(folder)
+    fuse_activations(model)
     assessment = assess(
-        load(folder),
+        model,
         None,
         batch.queries,
         batch.responses,
         temperature=temperature,
         with_full_kl=False,
+        packed=enable_packing(model.pretrained_model),
         mini_batch_size=4,
         pad_id=0,
         device=torch.device("cpu"),
@@ -231,6 +238,30 @@ def test_an_accelerator_on_the_cpu_changes_nothing(folder: Path) -> None:
     for learner in (plain, accelerated):
         learner.step(make_batch())
     assert same(parameters(plain), parameters(accelerated))
+
+
+@pytest.fixture
+def bf16() -> Iterator[Accelerator]:
+    """accelerate keeps one precision for the whole process."""
+    AcceleratorState._reset_state()
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+
+
+def test_bf16_autocast_moves_fp32_weights_about_where_fp32_moves_them(folder: Path, bf16: Accelerator) -> None:
+    full, half = make_learner(folder), make_learner(folder, accelerator=bf16)
+    before = parameters(full)
+    statistics = [learner.step(make_batch()) for learner in (full, half)]
+    assert all(parameter.dtype == torch.float32 for parameter in parameters(half).values())
+    moved, moved_half = (
+        torch.cat([(after - before[name]).flatten() for name, after in parameters(learner).items()])
+        for learner in (full, half)
+    )
+    assert not torch.equal(moved, moved_half)
+    assert torch.cosine_similarity(moved, moved_half, dim=0) > 0.8
+    assert statistics[1]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    difference = torch.cat(statistics[0]["objective/logprobs"]) - torch.cat(statistics[1]["objective/logprobs"])
+    assert 0 < difference.abs().max() < 0.5
 
 
 def test_the_policy_s_parameters_have_the_names_of_transformers(folder: Path) -> None:

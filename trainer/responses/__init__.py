@@ -1,0 +1,1 @@
+"""What a language model says of response tokens, without computing what nobody asks for."""
