@@ -17,6 +17,7 @@ from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
 from trainer.learning.learner import PPOLearner
 from trainer.metrics import TrainerMetrics
+from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import CheckpointStore, RunState, exported_step, load_learner_state, load_state
 from trainer.run.loading import Loaded, load
 from trainer.run.loop import Parts, Plan, TrainingLoop
@@ -69,7 +70,7 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
         loaded = await asyncio.to_thread(load, settings, checkpoint)
         store_identity(settings.run_dir, identity)
         _note_settings(settings)
-        servers = Servers(settings, identity, loaded, waits)
+        servers = Servers(settings, identity, loaded, waits, metrics)
         async with servers:
             try:
                 pins = await stop.interruptible(servers.hold_to(stored.pins if stored is not None else None))
@@ -146,6 +147,7 @@ def _parts(
         tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
         temperature=settings.temperature,
         old_logprobs=settings.old_logprobs.value,
+        importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
         accelerator=Accelerator(),
     )
     collector = RolloutCollector(
@@ -155,7 +157,6 @@ def _parts(
         sampling=Sampling(settings.temperature, settings.max_new_tokens),
         concurrency=settings.rollout_concurrency,
         served_reference=loaded.reference is None,
-        check_server=servers.publisher.ensure,
     )
     prompts = PromptSource(
         loaded.training, loaded.tokenizer, seed=settings.seed, max_prompt_tokens=loaded.max_prompt_tokens
@@ -178,7 +179,7 @@ def _parts(
             local_reference=loaded.reference,
             prompts=prompts,
             held_out=loaded.held_out,
-            publisher=servers.publisher,
+            policy=servers.policy,
             collector=collector,
             checkpoints=checkpoints,
             records=records,
@@ -197,4 +198,5 @@ def _plan(settings: TrainerSettings) -> Plan:
         sample_lines=settings.sample_lines,
         seed=settings.seed,
         temperature=settings.temperature,
+        max_staleness=settings.max_staleness,
     )

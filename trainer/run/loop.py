@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf.logs import bound_context, get_logger
-from trainer.clients.publisher import WeightPublisher
+from trainer.clients.fleet import PolicyFleet
 from trainer.clients.rewards import Scored
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
@@ -25,7 +25,7 @@ from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checkpoints import CheckpointStore, RunState, save_model
 from trainer.run.heldout import logprobs_of, sample_line, summarize
 from trainer.run.progress import Progress
-from trainer.run.prompts import Draw, Prompt, PromptSource
+from trainer.run.prompts import Cursor, Draw, Prompt, PromptSource
 from trainer.run.records import RunRecords, accounting_lines, scalars
 from trainer.run.rollouts import Rollout, RolloutCollector
 from trainer.run.seeds import derive_seed
@@ -49,6 +49,7 @@ class Plan:
     sample_lines: int
     seed: int
     temperature: float
+    max_staleness: int
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,23 @@ class Parts:
     local_reference: torch.nn.Module | None
     prompts: PromptSource
     held_out: Sequence[Prompt]
-    publisher: WeightPublisher
+    policy: PolicyFleet
     collector: RolloutCollector
     checkpoints: CheckpointStore
     records: RunRecords
     trackers: Sequence[Tracker]
     metrics: TrainerMetrics
     progress: Progress
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step's rollouts, under way: `draws` take the prompts up to `cursor`."""
+
+    step: int
+    draws: Sequence[Draw]
+    cursor: Cursor
+    rollouts: asyncio.Task[list[Rollout]]
 
 
 class TrainingLoop:
@@ -79,6 +90,7 @@ class TrainingLoop:
         self._parts = parts
         self._stop = stop
         self._learning = False
+        self._begun: deque[_Begun] = deque()
         self._seconds: dict[str, float] = {}
         # One thread makes every torch call, so that signals, displays and retries stay alive meanwhile.
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -90,6 +102,12 @@ class TrainingLoop:
 
     async def run(self) -> None:
         """Until the last step's checkpoint is written. Raises Stopped at a step boundary."""
+        try:
+            await self._run()
+        finally:
+            await self._abandon_rollouts()
+
+    async def _run(self) -> None:
         self._parts.metrics.steps_planned.set(self._plan.steps)
         self._parts.metrics.incarnation.set(self.state.incarnation)
         self._parts.metrics.step.set(self.state.completed_step)
@@ -131,14 +149,16 @@ class TrainingLoop:
         started = time.monotonic()
         self._seconds.clear()
         step = self.state.completed_step + 1
-        draws, cursor = self._parts.prompts.draw(self.state.cursor, self._plan.batch_size)
+        self._begin_rollouts()
+        begun = self._begun[0]
         with self._phase("rollout"):
-            rollouts = await self._stop.interruptible(self._roll_out(step, draws))
+            rollouts = await self._stop.interruptible(_result(begun.rollouts))
+        self._begun.popleft()
         trained = [rollout for rollout in rollouts if isinstance(rollout.outcome, Scored)]
         numbers: dict[str, float | None] = {}
         if trained:
             with self._phase("learn"):
-                batch = _batch(trained)
+                batch = _batch(trained, self.state.version)
                 self._learning = True
                 numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
                 self._learning = False
@@ -146,7 +166,7 @@ class TrainingLoop:
             self.state,
             completed_step=step,
             version=self.state.version + bool(trained),
-            cursor=cursor,
+            cursor=begun.cursor,
         )
         try:
             # Nothing changed without a sample, so there is nothing to publish.
@@ -155,21 +175,51 @@ class TrainingLoop:
                     await self._stop.interruptible(self._publish())
         finally:
             # The step is made, whatever became of its publish.
-            self._report_step(step, draws, rollouts, numbers, seconds=time.monotonic() - started)
+            self._report_step(step, begun.draws, rollouts, numbers, seconds=time.monotonic() - started)
 
-    async def _roll_out(self, step: int, draws: Sequence[Draw]) -> list[Rollout]:
+    def _begin_rollouts(self) -> None:
+        """Begin those of the next step, and those of later steps that may be trained on what is published now.
+
+        Each step publishes once at most, so tokens of today's version are stale by as many versions as steps lie
+        between. The prompts belong to the run only once a step is made: a resumed run draws the same ones again.
+        """
+        after = self.state.completed_step
+        for step in range(
+            after + len(self._begun) + 1, min(after + 1 + self._plan.max_staleness, self._plan.steps) + 1
+        ):
+            cursor = self._begun[-1].cursor if self._begun else self.state.cursor
+            draws, cursor = self._parts.prompts.draw(cursor, self._plan.batch_size)
+            version = self.state.version + (step - after - 1) - self._plan.max_staleness
+            oldest = replace(self._weights(), version=max(0, version))
+            self._begun.append(_Begun(step, draws, cursor, asyncio.create_task(self._roll_out(step, draws, oldest))))
+
+    async def _roll_out(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> list[Rollout]:
         prompts = [draw.prompt for draw in draws if draw.dropped is None]
-        return await self._parts.collector.collect(
-            prompts,
-            name=str(step),
-            step=step,
-            seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
-            weights=self._weights(),
-            on_generated=self._parts.progress.count,
-        )
+
+        def on_generated(done: int, of: int) -> None:
+            if step == self.state.completed_step + 1:
+                self._parts.progress.count(done, of)
+
+        with bound_context(step=step):
+            return await self._parts.collector.collect(
+                prompts,
+                name=str(step),
+                step=step,
+                seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
+                weights=oldest,
+                or_later=self._plan.max_staleness > 0,
+                on_generated=on_generated,
+            )
+
+    async def _abandon_rollouts(self) -> None:
+        tasks = [begun.rollouts for begun in self._begun]
+        self._begun.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _publish(self) -> None:
-        await self._parts.publisher.publish(self._parts.learner.policy_parameters(), self._weights())
+        await self._parts.policy.publish(self._parts.learner.policy_parameters(), self._weights())
         self._parts.metrics.publishes.inc()
         self._parts.metrics.weights_version.set(self.state.version)
 
@@ -299,8 +349,12 @@ class TrainingLoop:
                 self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds)
 
 
-def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
-    """What the learner trains on; every rollout is Scored."""
+async def _result(rollouts: asyncio.Task[list[Rollout]]) -> list[Rollout]:
+    return await rollouts
+
+
+def _batch(rollouts: Sequence[Rollout], version: int) -> RolloutBatch:
+    """What the learner trains on, at `version`; every rollout is Scored."""
     scored = [rollout.outcome for rollout in rollouts if isinstance(rollout.outcome, Scored)]
     lengths = [len(rollout.generation.token_ids) for rollout in rollouts]
     has_token_rewards = any(outcome.token_rewards for outcome in scored)
@@ -317,6 +371,9 @@ def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
         else None,
         reference_logprobs=[torch.tensor(row, dtype=torch.float32) for row in references] if references else None,
         rollout_logprobs=[torch.tensor(rollout.generation.logprobs, dtype=torch.float32) for rollout in rollouts],
+        staleness=torch.tensor(
+            [version - min(weights.version for weights in rollout.generation.versions) for rollout in rollouts]
+        ),
     )
 
 

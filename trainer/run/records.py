@@ -53,6 +53,8 @@ def drop_reason(rollout: Rollout) -> DropReason | None:
 def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
     """One line per prompt drawn for `step`: trained, or dropped with the reason and what the reward server said.
 
+    `versions` are those of the weights that sampled its tokens, in their order.
+
     `rollouts` are those of the usable draws, in order.
     """
     remaining = iter(rollouts)
@@ -71,6 +73,8 @@ def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollou
         line["outcome"] = "trained" if reason is None else "dropped"
         if reason is not None:
             line["reason"] = reason.value
+        if rollout is not None and rollout.generation.versions:
+            line["versions"] = [weights.version for weights in rollout.generation.versions]
         if rollout is not None and isinstance(rollout.outcome, Failed):
             line["code"] = rollout.outcome.code
         if said:

@@ -26,7 +26,7 @@ def rollout(row: int, outcome: Outcome | None, tokens: tuple[int, ...] = (5, 6),
         text="text",
         finish_reason=FinishReason.EOS,
         seed=0,
-        oldest_weights=WeightsVersion(),
+        versions=(WeightsVersion("run", 1, 7),) if tokens else (),
     )
     return Rollout(row, prompt(row), generation, f"sample {row}", outcome, None)
 
@@ -57,6 +57,7 @@ def test_every_prompt_drawn_is_accounted_for_once_with_the_reason() -> None:
         "abstained",
         "empty_completion",
     ]
+    assert [line.get("versions") for line in lines] == [[7], None, [7], [7], None]
     assert [line.get("code") for line in lines] == [None, None, "NO_COLUMN", None, None]
     assert [line.get("said") for line in lines] == [None, None, "stars is missing", "not English", None]
     assert {line["step"] for line in lines} == {4}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -17,7 +17,6 @@ from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, sco
 from trainer.clients.policy import BrokenServerError, PolicyClient
 from trainer.clients.rewards import RewardClient, Scored
 from trainer.clients.waits import CallWatch
-from trainer.run.pinning import PinError
 from trainer.run.prompts import Prompt, Record
 from trainer.run.rollouts import Rollout, RolloutCollector, Sampling
 from trainer.versions import WeightsVersion
@@ -31,16 +30,11 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(Record(row, text, {"row": str(row)}), text, (100 * row + 1,)) for row, text in enumerate(texts)]
 
 
-async def unchecked() -> None:
-    pass
-
-
 @contextlib.asynccontextmanager
 async def collector_of(
     policy: ScriptedPolicy,
     reward: ScriptedReward,
     watch: CallWatch | None = None,
-    check_server: Callable[[], Awaitable[None]] = unchecked,
 ) -> AsyncIterator[RolloutCollector]:
     async with serving(policy.add_to) as policy_address, serving(reward.add_to) as reward_address:
         policy_client = PolicyClient(policy_address, retry=FAST, watch=watch)
@@ -54,7 +48,6 @@ async def collector_of(
                 sampling=Sampling(temperature=0.7, max_new_tokens=8),
                 concurrency=4,
                 served_reference=True,
-                check_server=check_server,
             )
         finally:
             await policy_client.close()
@@ -107,21 +100,6 @@ async def test_reference_calls_keep_to_the_servers_limits_whatever_the_completio
 
     assert sorted(len(call.sequences) for call in policy.scored) == [1, 3, 3]
     assert all(rollout.reference_logprobs == (-0.5, -0.5, -0.5) for rollout in rollouts)
-
-
-async def test_reference_numbers_of_a_server_that_was_swapped_meanwhile_are_not_believed() -> None:
-    policy = ScriptedPolicy(completed)
-    scored_before_the_check: list[int] = []
-
-    async def check_server() -> None:
-        scored_before_the_check.append(sum(len(call.sequences) for call in policy.scored))
-        raise PinError("another reference")
-
-    async with collector_of(policy, ScriptedReward(scored), check_server=check_server) as collector:
-        with pytest.raises(PinError, match="another reference"):
-            await collect(collector, 20)
-
-    assert scored_before_the_check == [20]
 
 
 async def test_sample_ids_change_with_the_tokens_and_only_with_them() -> None:
