@@ -139,6 +139,13 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         description="With max_staleness above 0, weigh each token by how much likelier the policy has become to sample "
         "it, at most 2",
     )
+    oversample: float = Field(
+        0.0,
+        ge=0,
+        description="Draw so many more prompts than batch_size, as a fraction of it, begin a step when batch_size are "
+        "scored and drop the stragglers, which are long more often than not",
+        json_schema_extra=_unit("ratio"),
+    )
     rollout_concurrency: int = Field(
         64, ge=1, description="Generate calls in flight, over all policy servers", json_schema_extra=_unit("calls")
     )
@@ -163,7 +170,7 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     reproducible: bool = Field(
         False,
         description="Deterministic algorithms only: on CPU a resumed run repeats an uninterrupted one bit for bit; not "
-        "with max_staleness, where time decides which weights sample a token",
+        "with max_staleness or oversample, where time decides what a step trains on",
     )
     sample_lines: int = Field(
         4, ge=0, description="Training samples per step to keep in samples.jsonl", json_schema_extra=_unit("samples")
@@ -209,6 +216,11 @@ class TrainerSettings(PPOConfig, ProcessSettings):
             raise ValueError(
                 f"max_staleness={self.max_staleness} can't be reproducible: how far a completion is when new weights "
                 "come is a matter of time; set max_staleness=0 or leave reproducible out"
+            )
+        if self.reproducible and self.oversample > 0:
+            raise ValueError(
+                f"oversample={self.oversample} can't be reproducible: which completions are scored first is a matter "
+                "of time; set oversample=0 or leave reproducible out"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(

@@ -38,6 +38,8 @@ def settings(**values: Any) -> TrainerSettings:
         ({"run_id": "r" * 65}, "run-id.*at most 64"),
         ({"max_staleness": -1}, "greater than or equal to 0"),
         ({"max_staleness": 1, "reproducible": True}, "max_staleness=1 can't be reproducible"),
+        ({"oversample": -0.1}, "greater than or equal to 0"),
+        ({"oversample": 0.5, "reproducible": True}, "oversample=0.5 can't be reproducible"),
         ({"policy_server": ""}, "policy-server.*at least 1"),
         ({"policy_server": "localhost"}, "'localhost' is none of host:port"),
         ({"policy_server": "a:1,dns://b:2"}, "'dns://b:2' is none of"),

@@ -199,4 +199,5 @@ def _plan(settings: TrainerSettings) -> Plan:
         seed=settings.seed,
         temperature=settings.temperature,
         max_staleness=settings.max_staleness,
+        oversample=settings.oversample,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import statistics
 import time
 from collections import Counter, deque
@@ -50,6 +51,12 @@ class Plan:
     seed: int
     temperature: float
     max_staleness: int
+    oversample: float
+
+    @property
+    def draws(self) -> int:
+        """Prompts that are rolled out for a step."""
+        return math.ceil(self.batch_size * (1 + self.oversample))
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class _Begun:
     step: int
     draws: Sequence[Draw]
     cursor: Cursor
-    rollouts: asyncio.Task[list[Rollout]]
+    rollouts: asyncio.Task[list[Rollout | None]]
 
 
 class TrainingLoop:
@@ -92,6 +99,7 @@ class TrainingLoop:
         self._learning = False
         self._begun: deque[_Begun] = deque()
         self._seconds: dict[str, float] = {}
+        self._whole_length: float | None = None
         # One thread makes every torch call, so that signals, displays and retries stay alive meanwhile.
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
@@ -152,8 +160,9 @@ class TrainingLoop:
         self._begin_rollouts()
         begun = self._begun[0]
         with self._phase("rollout"):
-            rollouts = await self._stop.interruptible(_result(begun.rollouts))
+            outcome = await self._stop.interruptible(_result(begun.rollouts))
         self._begun.popleft()
+        rollouts = [rollout for rollout in outcome if rollout is not None]
         trained = [rollout for rollout in rollouts if isinstance(rollout.outcome, Scored)]
         numbers: dict[str, float | None] = {}
         if trained:
@@ -175,7 +184,7 @@ class TrainingLoop:
                     await self._stop.interruptible(self._publish())
         finally:
             # The step is made, whatever became of its publish.
-            self._report_step(step, begun.draws, rollouts, numbers, seconds=time.monotonic() - started)
+            self._report_step(step, begun.draws, outcome, numbers, seconds=time.monotonic() - started)
 
     def _begin_rollouts(self) -> None:
         """Begin those of the next step, and those of later steps that may be trained on what is published now.
@@ -188,12 +197,12 @@ class TrainingLoop:
             after + len(self._begun) + 1, min(after + 1 + self._plan.max_staleness, self._plan.steps) + 1
         ):
             cursor = self._begun[-1].cursor if self._begun else self.state.cursor
-            draws, cursor = self._parts.prompts.draw(cursor, self._plan.batch_size)
+            draws, cursor = self._parts.prompts.draw(cursor, self._plan.draws)
             version = self.state.version + (step - after - 1) - self._plan.max_staleness
             oldest = replace(self._weights(), version=max(0, version))
             self._begun.append(_Begun(step, draws, cursor, asyncio.create_task(self._roll_out(step, draws, oldest))))
 
-    async def _roll_out(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> list[Rollout]:
+    async def _roll_out(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> list[Rollout | None]:
         prompts = [draw.prompt for draw in draws if draw.dropped is None]
 
         def on_generated(done: int, of: int) -> None:
@@ -208,6 +217,7 @@ class TrainingLoop:
                 seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
                 weights=oldest,
                 or_later=self._plan.max_staleness > 0,
+                enough=self._plan.batch_size if self._plan.oversample > 0 else None,
                 on_generated=on_generated,
             )
 
@@ -232,7 +242,7 @@ class TrainingLoop:
     async def _evaluate(self) -> None:
         step = self.state.completed_step
         started = time.monotonic()
-        rollouts = await self._stop.interruptible(
+        everyone = await self._stop.interruptible(
             self._parts.collector.collect(
                 self._parts.held_out,
                 name=f"evaluation-{step}",
@@ -242,7 +252,9 @@ class TrainingLoop:
                 on_generated=self._parts.progress.count,
             )
         )
+        rollouts = [rollout for rollout in everyone if rollout is not None]
         result = summarize(rollouts, await self._reference_logprobs(rollouts))
+        self._whole_length = result.length_mean
         best = self.state.best_reward
         if result.reward_mean is not None and (best is None or result.reward_mean > best):
             self.state = replace(self.state, best_reward=result.reward_mean, best_step=step)
@@ -276,13 +288,14 @@ class TrainingLoop:
         self,
         step: int,
         draws: Sequence[Draw],
-        rollouts: Sequence[Rollout],
+        outcome: Sequence[Rollout | None],
         numbers: dict[str, float | None],
         *,
         seconds: float,
     ) -> None:
         parts = self._parts
-        lines = accounting_lines(step, draws, rollouts)
+        rollouts = [rollout for rollout in outcome if rollout is not None]
+        lines = accounting_lines(step, draws, outcome)
         for line in lines:
             parts.records.accounting.write(line)
         dropped = Counter(line["reason"] for line in lines if line["outcome"] == "dropped")
@@ -294,6 +307,8 @@ class TrainingLoop:
         tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
         components = _reward_components(rollouts)
         numbers = {**numbers, **_rollout_statistics(rollouts)}
+        if self._plan.oversample > 0:
+            numbers |= self._straggler_statistics(len(outcome) - len(rollouts), len(outcome), rollouts)
         parts.metrics.set_statistics(numbers)
         parts.metrics.set_reward_components(components)
         numbers |= {
@@ -317,6 +332,19 @@ class TrainingLoop:
         parts.metrics.samples_trained.inc(len(lines) - dropped.total())
         self._track(step, numbers)
         parts.progress.step_done(step, numbers)
+
+    def _straggler_statistics(self, dropped: int, of: int, kept: Sequence[Rollout]) -> dict[str, float | None]:
+        """The share dropped, and how much longer the others are than the last completions of which none was dropped.
+
+        How long a straggler would have become nobody knows: an evaluation, or a step without any, has to tell.
+        """
+        length = statistics.fmean(len(rollout.generation.token_ids) for rollout in kept)
+        if not dropped:
+            self._whole_length = length
+        return {
+            "rollout/straggler_fraction": dropped / of,
+            "rollout/straggler_length_bias": None if self._whole_length is None else length - self._whole_length,
+        }
 
     def _track(self, step: int, numbers: dict[str, float | None]) -> None:
         defined = {name: value for name, value in numbers.items() if value is not None}
@@ -349,8 +377,8 @@ class TrainingLoop:
                 self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds)
 
 
-async def _result(rollouts: asyncio.Task[list[Rollout]]) -> list[Rollout]:
-    return await rollouts
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task
 
 
 def _batch(rollouts: Sequence[Rollout], version: int) -> RolloutBatch:

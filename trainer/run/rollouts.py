@@ -10,7 +10,7 @@ from typing import Protocol
 from rlhf.channel import call_metadata
 from rlhf.logs import bound_context
 from trainer.clients.policy import REFERENCE, BrokenServerError, FinishReason, Generation, ModelInfo
-from trainer.clients.rewards import Outcome, RewardClient, RewardSample
+from trainer.clients.rewards import Outcome, RewardClient, RewardSample, Scored
 from trainer.run.prompts import Prompt
 from trainer.run.seeds import content_hash
 from trainer.versions import WeightsVersion
@@ -112,18 +112,20 @@ class RolloutCollector:
         seeds: Sequence[int],
         weights: WeightsVersion,
         or_later: bool = False,
+        enough: int | None = None,
         on_generated: Callable[[int, int], None],
-    ) -> list[Rollout]:
+    ) -> list[Rollout | None]:
         """One rollout per prompt, in order, every token sampled under `weights` with the row's seed.
 
         or_later: later weights of the run may sample as well, so several collections may run while others are learned
-        from; the calls of the one that began first go first.
+        from; the calls of the one that began first go first. enough: once so many are scored the others are cancelled,
+        wherever they are, and None takes their places.
         `name` makes sample and request ids unique within the run (a step's number, say); `step` is for the servers'
         log lines. `on_generated(done, of)` is called as completions arrive. The first error that is not waited out
         cancels the rest and is raised as it is.
         """
         await self._rewards.check_pinned()
-        done = 0
+        done = scored = 0
 
         async def generate(row: int) -> Generation:
             nonlocal done
@@ -135,9 +137,21 @@ class RolloutCollector:
             return generation
 
         async def judge(row: int) -> tuple[str, Outcome | None]:
+            nonlocal scored
             generation = await generations[row]
             sample = self._sample(name, step, row, prompts[row], generation)
-            return sample.sample_id, await self._rewards.score(sample) if generation.token_ids else None
+            outcome = await self._rewards.score(sample) if generation.token_ids else None
+            scored += isinstance(outcome, Scored)
+            if scored == enough:
+                cancel_stragglers(but=row)
+            return sample.sample_id, outcome
+
+        def cancel_stragglers(*, but: int) -> None:
+            for row in range(len(prompts)):
+                if row != but and not judgements[row].done():
+                    for tasks_of in (generations, judgements, references):
+                        if tasks_of:
+                            tasks_of[row].cancel()
 
         async def refer(rows: range) -> list[tuple[float, ...] | None]:
             finished = [await generations[row] for row in rows]
@@ -146,6 +160,9 @@ class RolloutCollector:
             )
 
         groups = await self._reference_groups(prompts) if self._served_reference else []
+        if enough is not None:
+            # Rows of a group wait for each other, which would make all of them stragglers.
+            groups = [range(row, row + 1) for group in groups for row in group]
         try:
             async with asyncio.TaskGroup() as tasks:
                 generations = [tasks.create_task(generate(row)) for row in range(len(prompts))]
@@ -153,10 +170,17 @@ class RolloutCollector:
                 references = [tasks.create_task(refer(rows)) for rows in groups]
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
-        logprobs = [row for group in references for row in group.result()] or [None] * len(prompts)
+        logprobs = {
+            row: logprobs
+            for rows, reference in zip(groups, references, strict=True)
+            if not reference.cancelled()
+            for row, logprobs in zip(rows, reference.result(), strict=True)
+        }
         return [
-            Rollout(row, prompts[row], generations[row].result(), *judgements[row].result(), logprobs[row])
-            for row in range(len(prompts))
+            None
+            if judgement.cancelled()
+            else Rollout(row, prompts[row], generations[row].result(), *judgement.result(), logprobs.get(row))
+            for row, judgement in enumerate(judgements)
         ]
 
     async def _reference_groups(self, prompts: Sequence[Prompt]) -> list[range]:
