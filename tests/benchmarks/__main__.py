@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m tests.benchmarks [rollout swap score …]`."""
+"""Run the benchmarks: `python -m tests.benchmarks [rollout swap score iteration …]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import rollout, score, swap
+from tests.benchmarks import iteration, rollout, score, swap
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import StartProcess, process_factory
 
@@ -20,6 +20,7 @@ BENCHMARKS: Mapping[str, Callable[[Path, StartProcess, int], Awaitable[Any]]] = 
     "rollout": rollout.measure,
     "swap": swap.measure,
     "score": score.measure,
+    "iteration": iteration.measure,
 }
 
 

@@ -8,11 +8,10 @@ goes to another at once. Tokens are a function of weights and request, so it doe
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from rlhf.channel import RetryPolicy, Waiting
 from rlhf.failures import RpcFailure, is_transient, unavailable
 from rlhf.logs import get_logger
 from trainer.clients.discovery import Discovery
+from trainer.clients.placing import Place, best_for, why_nobody_answers
 from trainer.clients.policy import OTHER_WEIGHTS, Generation, ModelInfo, PolicyClient
 from trainer.clients.publisher import PublishError, WeightPublisher
 from trainer.clients.replica import Replica, ReplicaState
@@ -45,16 +45,6 @@ _MISPLACED = 10
 class _Weights:
     tensors: Sequence[tuple[str, Tensor]]
     version: WeightsVersion
-
-
-@dataclass(eq=False)
-class _Place:
-    """A call that waits for a replica."""
-
-    needed: WeightsVersion | None
-    or_later: bool
-    generates: bool
-    replica: asyncio.Future[Replica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class PolicyFleet:
@@ -98,7 +88,7 @@ class PolicyFleet:
         self._shared_folder = shared_folder
         self._replicas: dict[str, Replica] = {}
         self._leaving: set[asyncio.Task[None]] = set()
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         self._weights: _Weights | None = None
         self._error: Exception | None = None
         self._finder: asyncio.Task[None] | None = None
@@ -147,7 +137,7 @@ class PolicyFleet:
         self._weights = _Weights(kept, weights)
         for replica in self._replicas.values():
             replica.wanted.set()
-        self._release(await self._taken(_Place(weights, or_later=False, generates=False)), generates=False)
+        self._release(await self._taken(Place(weights, or_later=False, generates=False)), generates=False)
 
     async def generate(
         self,
@@ -216,7 +206,7 @@ class PolicyFleet:
         """What a replica answers; whatever may pass is asked of the next."""
         misplaced = 0
         while True:
-            replica = await self._taken(_Place(needed, or_later, generates))
+            replica = await self._taken(Place(needed, or_later, generates))
             try:
                 answer = await ask(replica)
                 replica.strikes = 0
@@ -232,7 +222,7 @@ class PolicyFleet:
             finally:
                 self._release(replica, generates=generates)
 
-    async def _taken(self, place: _Place) -> Replica:
+    async def _taken(self, place: Place) -> Replica:
         """A replica for this call, counted as in flight there; in the order in which calls came."""
         self._places.append(place)
         self._assign()
@@ -240,7 +230,7 @@ class PolicyFleet:
         try:
             with watched(self._watch) as on_wait:
                 while not place.replica.done():
-                    if on_wait is not None and (waiting := self._why_nobody(place)):
+                    if on_wait is not None and (waiting := why_nobody_answers(self._replicas.values())):
                         attempt += 1
                         target, reason = waiting
                         on_wait(Waiting("policy server", target, time.monotonic() - began, attempt, reason))
@@ -271,39 +261,16 @@ class PolicyFleet:
                 continue
             if self._error is not None:
                 place.replica.set_exception(self._error)
-            elif (replica := self._best(place)) is not None:
+            elif (replica := best_for(place, self._replicas.values(), self._concurrency)) is not None:
                 self._count(replica, 1, generates=place.generates)
                 place.replica.set_result(replica)
             else:
                 waiting.append(place)
         self._places = waiting
 
-    def _best(self, place: _Place) -> Replica | None:
-        answering = [each for each in self._replicas.values() if each.state is ReplicaState.USABLE]
-        share = math.ceil(self._concurrency / max(1, len(answering)))
-        free = [
-            each
-            for each in answering
-            if each.has(place.needed, or_later=place.or_later)
-            and not each.is_full()
-            and (each.generating < share or not place.generates)
-        ]
-        return min(free, key=lambda each: each.in_flight, default=None)
-
-    def _why_nobody(self, place: _Place) -> tuple[str, str] | None:
-        """Targets and reasons if no replica could take this call, were it idle; None if one only has to get to it."""
-        reasons = {}
-        for target, each in self._replicas.items():
-            if each.state is not ReplicaState.USABLE or each.is_full():
-                reasons[target] = each.why
-            else:
-                return None
-        if len(reasons) == 1:
-            ((target, reason),) = reasons.items()
-            return target, reason
-        return ", ".join(reasons) or self.target, "; ".join(f"{target}: {why}" for target, why in reasons.items())
-
     def _leave_alone(self, replica: Replica, failure: RpcFailure, seconds: float) -> None:
+        if replica.is_full():
+            return  # many calls hear the same
         replica.why = str(failure)
         replica.strikes += 1
         pause = max(seconds, self._backoff(replica.strikes)) * (1 + self._jitter.uniform(0, self._retry.jitter))
@@ -315,12 +282,8 @@ class PolicyFleet:
         """A call failed there: no more of them until its keeper has seen that it is well."""
         if replica.state is not ReplicaState.USABLE or replica.retired:
             return
-        replica.state, replica.why, replica.holds = ReplicaState.AWAY, why, None
         replica.strikes += 1
-        replica.pause = self._backoff(replica.strikes)
-        replica.wanted.set()
-        if len(self._replicas) > 1:
-            _log.warning("a policy server is away; the others go on", target=replica.target, reason=why)
+        self._set_aside(replica, ReplicaState.AWAY, why, pause=self._backoff(replica.strikes))
         self._changed()
 
     def _backoff(self, times: int) -> float:
@@ -344,7 +307,12 @@ class PolicyFleet:
                 self._error = error
             except Exception as error:
                 failures += 1
-                self._set_aside(replica, error, failures)
+                if isinstance(error, TimeoutError) or is_transient(error):
+                    self._set_aside(replica, ReplicaState.AWAY, str(error), pause=self._backoff(failures))
+                else:
+                    self._set_aside(replica, ReplicaState.REFUSED, str(error), pause=_RECHECK_SECONDS)
+                    if all(each.state is ReplicaState.REFUSED for each in self._replicas.values()):
+                        self._error = error
             else:
                 failures = 0
                 if replica.state is not ReplicaState.USABLE and len(self._replicas) > 1:
@@ -352,17 +320,13 @@ class PolicyFleet:
                 replica.state, replica.holds = ReplicaState.USABLE, weights.version
             self._changed()
 
-    def _set_aside(self, replica: Replica, error: Exception, failures: int) -> None:
-        why = str(error)
-        passing = isinstance(error, TimeoutError) or is_transient(error)
-        state = ReplicaState.AWAY if passing else ReplicaState.REFUSED
+    def _set_aside(self, replica: Replica, state: ReplicaState, why: str, *, pause: float) -> None:
         if state is ReplicaState.REFUSED and why != replica.why:
             _log.warning("a policy server is left out", target=replica.target, reason=why)
-        replica.state, replica.why, replica.holds = state, why, None
-        replica.pause = self._backoff(failures) if passing else _RECHECK_SECONDS
+        elif state is not replica.state and len(self._replicas) > 1:
+            _log.warning("a policy server is away; the others go on", target=replica.target, reason=why)
+        replica.state, replica.why, replica.holds, replica.pause = state, why, None, pause
         replica.wanted.set()
-        if all(each.state is ReplicaState.REFUSED for each in self._replicas.values()):
-            self._error = error
 
     def _changed(self) -> None:
         states = [replica.state for replica in self._replicas.values()]
