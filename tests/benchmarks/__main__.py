@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m tests.benchmarks [rollout latency swap logprobs score …]`."""
+"""Run the benchmarks: `python -m tests.benchmarks [rollout latency swap logprobs score step iteration …]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import latency, logprobs, output, rollout, roofline, score, step, swap
+from tests.benchmarks import iteration, latency, logprobs, output, rollout, roofline, score, step, swap
 from tests.benchmarks.measuring import Report
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import process_factory
@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, Callable[..., Awaitable[Report]]] = {
     "logprobs": logprobs.measure,
     "score": score.measure,
     "step": step.measure,
+    "iteration": iteration.measure,
 }
 
 _WORK: Mapping[str, Callable[..., Any]] = {

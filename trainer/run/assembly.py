@@ -55,13 +55,13 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
     identity = start.identity
     with bound_context(run_id=identity.run_id):
         prepare_torch(settings)
-        async with Servers(settings, run_id=identity.run_id, watch=waits.watch) as servers:
+        async with Servers(settings, run_id=identity.run_id, watch=waits.watch, metrics=metrics) as servers:
             preflight = Preflight(settings, start, servers)
             try:
                 await stop.interruptible(preflight.require())
+                await stop.interruptible(servers.hold_to(preflight.needs, preflight.pins))
             except Stopped:
                 return stop.exit_code
-            servers.hold_to(preflight.needs, preflight.pins)
             store_identity(settings.run_dir, identity)
             _note_settings(settings)
             begun = start.stored or RunState(identity.run_id, identity.incarnation, preflight.pins)
@@ -121,13 +121,12 @@ def _parts(
 ) -> Iterator[Parts]:
     loaded = preflight.model
     collector = RolloutCollector(
-        servers.policy,
+        servers.fleet,
         servers.rewards,
         run_id=state.run_id,
         sampling=Sampling(settings.temperature, settings.max_new_tokens),
         concurrency=settings.rollout_concurrency,
         served_reference=loaded.reference is None,
-        check_server=servers.publisher.ensure,
     )
     with contextlib.ExitStack() as closing:
         records = closing.enter_context(contextlib.closing(RunRecords(settings.run_dir, state.log_offsets)))
@@ -147,7 +146,7 @@ def _parts(
             local_reference=loaded.reference,
             prompts=preflight.prompts,
             held_out=preflight.held_out,
-            publisher=servers.publisher,
+            policy=servers.fleet,
             collector=collector,
             agreement=preflight.agreement,
             checkpoints=checkpoint_store(settings),
@@ -167,4 +166,6 @@ def _plan(settings: TrainerSettings) -> Plan:
         sample_lines=settings.sample_lines,
         seed=settings.seed,
         temperature=settings.temperature,
+        max_staleness=settings.max_staleness,
+        oversample=settings.oversample,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from prometheus_client import CollectorRegistry
+
 from rlhf.config import EX_CONFIG
+from trainer.metrics import TrainerMetrics
 from trainer.run.findings import Finding, Outcome, table
 from trainer.run.loading import prepare_torch
 from trainer.run.preflight import REFUSALS, Preflight
@@ -20,7 +23,8 @@ async def check(settings: TrainerSettings) -> tuple[str, int]:
     if not start.finished:
         prepare_torch(settings)
         patience = Patience(settings.check_patience)
-        async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch) as servers:
+        metrics = TrainerMetrics(CollectorRegistry())
+        async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch, metrics=metrics) as servers:
             findings += await Preflight(settings, start, servers, patience=patience).report()
     failed = any(finding.outcome is Outcome.FAILED for finding in findings)
     return table(findings), EX_CONFIG if failed else 0

@@ -21,6 +21,7 @@ from rlhf.logs import get_logger
 from trainer.learning.learner import PPOLearner
 from trainer.learning.memory import keep_freed_memory
 from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
 from trainer.run.seeds import derive_seed
@@ -132,6 +133,7 @@ def new_learner(settings: TrainerSettings, loaded: LoadedModel) -> PPOLearner:
             tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
             temperature=settings.temperature,
             old_logprobs=settings.old_logprobs.value,
+            importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
             accelerator=Accelerator(mixed_precision=settings.mixed_precision.value),
         )
     except ValueError as error:

@@ -15,7 +15,8 @@ import torch
 from rlhf.failures import RpcFailure
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
-from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo
+from trainer.clients.fleet import PolicyFleet
+from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo, PolicyClient
 from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
 from trainer.clients.rewards import REWARD_SERVICE, RewardChangedError, RewardInfo
 from trainer.clients.weight_files import empty_folder
@@ -107,7 +108,7 @@ class Preflight:
         self._start = start
         self._servers = servers
         self._patience = patience
-        self._policy_server = _Server("policy", settings.policy_server, "--policy-server")
+        self._policy_server = _Server("policy", settings.policy_server[0], "--policy-server")
         self._reward_server = _Server("reward", settings.reward_server, "--reward-server")
         self._digests: dict[torch.dtype, str] = {}
 
@@ -152,11 +153,12 @@ class Preflight:
     @property
     def agreement(self) -> Agreement:
         """Compares what the policy server holds after the first publish."""
-        return self._agreement([self.served, *([self.reference] if self.reference is not None else [])])
+        models = [self.served, *([self.reference] if self.reference is not None else [])]
+        return self._agreement(self._servers.fleet, models)
 
-    def _agreement(self, models: Sequence[ModelInfo]) -> Agreement:
+    def _agreement(self, policy: PolicyClient | PolicyFleet, models: Sequence[ModelInfo]) -> Agreement:
         return Agreement(
-            self._servers.policy,
+            policy,
             self.probe,
             temperature=self._settings.temperature,
             limit=gap_limit(self._settings.max_logprob_gap, [self.served.serving_dtype, self.learner.computes_in]),
@@ -291,7 +293,12 @@ class Preflight:
             said = "the policy server's"
         if stored is not None:
             check_pins(
-                stored.pins, reference_digest=self.reference_digest, tokenizer_digest=self.model.tokenizer_digest
+                stored.pins,
+                owner=f"policy server {self._servers.policy.target}"
+                if self.model.reference is None
+                else "this trainer",
+                reference_digest=self.reference_digest,
+                tokenizer_digest=self.model.tokenizer_digest,
             )
             return f"{said}, the one that the run began with"
         if self.model.reference is not None:
@@ -342,7 +349,7 @@ class Preflight:
                 "not compared, because the policy server gives none before a trainer has published (--managed); they "
                 "are compared after the first publish"
             ) from None
-        agreement = self._agreement(models)
+        agreement = self._agreement(self._servers.policy, models)
         logprobs = await asyncio.to_thread(agreement.probe.logprobs_by, self.learner)
         weights = live if live == ours else None
         return await self._ask(self._policy_server, agreement.require(logprobs, weights), f"{POLICY_SERVICE}/LogProbs")
