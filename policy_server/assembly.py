@@ -15,7 +15,6 @@ import transformers
 from policy_server import metrics
 from policy_server.engine.batch import POLICY, BatchEngine
 from policy_server.engine.loading import LoadedModels, load_models
-from policy_server.engine.memory import keep_freed_memory
 from policy_server.engine.protocol import Engine
 from policy_server.engine.transformers_engine import TransformersEngine
 from policy_server.metrics import MetricsObserver
@@ -26,12 +25,15 @@ from policy_server.settings import PolicySettings
 from policy_server.weights_service import WeightsService
 from rlhf.fingerprints import tokenizer_digest
 from rlhf.logs import get_logger
+from rlhf.memory import keep_freed_memory
 from rlhf.policy.v1 import policy_pb2_grpc
 from rlhf.server import BindError, Server
 from rlhf.weights.v1 import weights_pb2_grpc
 
 POLICY_SERVICE = "rlhf.policy.v1.PolicyService"
 WEIGHTS_SERVICE = "rlhf.weights.v1.WeightsService"
+
+_KEPT_BYTES = 2**30
 
 _log = get_logger(__name__)
 
@@ -43,7 +45,7 @@ class ModelError(Exception):
 async def serve(settings: PolicySettings) -> None:
     """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError."""
     _require_free(settings.listen)
-    keep_freed_memory()
+    keep_freed_memory(_KEPT_BYTES, of_any_size=False)
     server = Server(
         "policy",
         listen=settings.listen,

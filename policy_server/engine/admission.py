@@ -152,10 +152,10 @@ class _Reserved:
 
     def has_room(self, generation: Generation, rows: int = 1) -> bool:
         """Whether so many rows of it may join. One row always may where nothing runs."""
-        if not self._rows:
-            return rows <= max(self._budget.rows, 1)
         if self._rows + rows > self._budget.rows:
             return False
+        if not self._rows:
+            return True
         batches = {**self._batches, self._batch(generation): self._with(generation, rows)}
         wanted = sum(count * model.cache_bytes(longest) for model, count, longest in batches.values())
         return wanted <= self._budget.cache_bytes

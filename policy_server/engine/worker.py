@@ -159,6 +159,8 @@ class EngineWorker:
     # Generation
 
     def _admit(self) -> None:
+        if not (self._resuming or self._waiting):
+            return
         running = self._runner.rows
         rows = self._chooser.resuming(self._resuming, running=running)
         if not rows:

@@ -42,7 +42,7 @@ def plot_problem(path: Path) -> str | None:
     if path.suffix not in PLOT_FORMATS:
         return f"--plot {path}: the name must end with one of {' '.join(PLOT_FORMATS)}"
     if importlib.util.find_spec("matplotlib") is None:
-        return "--plot needs matplotlib, which is not installed: pip install 'rlhf-services[demo]'"
+        return "--plot needs matplotlib, which is not installed: pip install 'rlhf-services[dev]'"
     return None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator
 
+from rlhf.memory import keep_freed_memory
 from tests.benchmarks.stepping import BATCH, EPOCHS, MINI_BATCH, read_samples, serve
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
-from trainer.learning.memory import keep_freed_memory
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 

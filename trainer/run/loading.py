@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.fingerprints import tokenizer_digest
 from rlhf.logs import get_logger
+from rlhf.memory import keep_freed_memory
 from trainer.learning.learner import PPOLearner
-from trainer.learning.memory import keep_freed_memory
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
