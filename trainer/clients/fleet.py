@@ -8,9 +8,10 @@ goes to another at once. Tokens are a function of weights and request, so it doe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +19,13 @@ from typing import TypeVar
 import grpc
 from torch import Tensor
 
-from rlhf.channel import RetryPolicy, Waiting
+from rlhf.channel import OnWait, RetryPolicy, Waiting
 from rlhf.failures import RpcFailure, is_transient, unavailable
 from rlhf.logs import get_logger
 from trainer.clients.discovery import Discovery
 from trainer.clients.placing import Place, best_for, why_nobody_answers
 from trainer.clients.policy import OTHER_WEIGHTS, Generation, ModelInfo, PolicyClient
-from trainer.clients.publisher import PublishError, WeightPublisher
+from trainer.clients.publisher import TakenOverError, WeightPublisher
 from trainer.clients.replica import Replica, ReplicaState
 from trainer.clients.waits import CallWatch, watched
 from trainer.metrics import TrainerMetrics
@@ -50,8 +51,8 @@ class _Weights:
 class PolicyFleet:
     """Calls on whichever replica can answer; they wait as long as none can, and say so.
 
-    Raises RpcFailure for what is final, PublishError when another trainer took a replica over, and, once no replica is
-    left that passes, what `check` raised for the last.
+    Raises RpcFailure for what is final, TakenOverError when another trainer took a replica over, and, once none is left
+    that is not refused, what the last was refused for (what `check` raised, PublishError).
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class PolicyFleet:
         self._places: list[Place] = []
         self._weights: _Weights | None = None
         self._error: Exception | None = None
+        self._news = asyncio.Event()
         self._finder: asyncio.Task[None] | None = None
         self._jitter = random.Random()
 
@@ -99,32 +101,29 @@ class PolicyFleet:
         """All of them, for messages."""
         return str(self._discovery)
 
-    async def wait_ready(self) -> list[PolicyClient]:
-        """Until a replica can take weights; the clients of all that can within a few seconds from then on.
+    @property
+    def known(self) -> Collection[str]:
+        """The targets of all replicas, whatever their state."""
+        return self._replicas.keys()
+
+    async def wait_ready(self, *, grace: float = 0.0) -> list[PolicyClient]:
+        """Until a replica can take weights; the clients of all that can within `grace` seconds from then on.
 
         The others join when they come. A call on such a client fails at once if that server is gone again.
         """
         await self._find_first()
-        replicas = list(self._replicas.values())
-        asked = [asyncio.create_task(replica.publisher.wait_ready()) for replica in replicas]
-        try:
-            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait(asked, timeout=_READY_SECONDS)
-        finally:
-            for task in asked:
-                task.cancel()
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-        ready = []
-        for replica, answer in zip(replicas, answers, strict=True):
-            if isinstance(answer, Exception):
-                raise answer
-            if answer is None:
-                replica.state = ReplicaState.USABLE
-                ready.append(replica.client)
-        if self._discovery.changes and self._finder is None:
-            self._finder = asyncio.create_task(self._look_again())
-        self._changed()
-        return ready
+        began, attempt = time.monotonic(), 0
+        with watched(self._watch) as on_wait:
+            while not self._in(ReplicaState.USABLE):
+                if self._error is not None:
+                    raise self._error
+                await self._change(_REPORT_SECONDS)
+                attempt += 1
+                self._say(on_wait, began, attempt)
+        began = time.monotonic()
+        while self._in(ReplicaState.AWAY) and (left := began + grace - time.monotonic()) > 0:
+            await self._change(left)
+        return [replica.client for replica in self._in(ReplicaState.USABLE)]
 
     async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
         """Make `weights` live (names as in transformers' state dict, tied parameters once) on every replica.
@@ -233,16 +232,19 @@ class PolicyFleet:
         try:
             with watched(self._watch) as on_wait:
                 while not place.replica.done():
-                    if on_wait is not None and (waiting := why_nobody_answers(self._replicas.values())):
-                        attempt += 1
-                        target, reason = waiting
-                        on_wait(Waiting("policy server", target, time.monotonic() - began, attempt, reason))
+                    attempt += 1
+                    self._say(on_wait, began, attempt)
                     await asyncio.wait([place.replica], timeout=_REPORT_SECONDS)
             return place.replica.result()
         except asyncio.CancelledError:
             if not place.replica.cancel() and place.replica.exception() is None:
                 self._release(place.replica.result(), generates=place.generates)
             raise
+
+    def _say(self, on_wait: OnWait | None, began: float, attempt: int) -> None:
+        if on_wait is not None and (waiting := why_nobody_answers(self._replicas.values())):
+            target, reason = waiting
+            on_wait(Waiting("policy server", target, time.monotonic() - began, attempt, reason))
 
     def _release(self, replica: Replica, *, generates: bool) -> None:
         self._count(replica, -1, generates=generates)
@@ -294,7 +296,7 @@ class PolicyFleet:
         return min(self._retry.maximum, seconds) * (1 + self._jitter.uniform(-self._retry.jitter, self._retry.jitter))
 
     async def _keep(self, replica: Replica) -> None:
-        """Bring it the weights published last, as often as it may lack them."""
+        """Bring it the weights published last, as often as it may lack them; before there are any, wait for it."""
         failures = 0
         while True:
             await replica.wanted.wait()
@@ -302,11 +304,13 @@ class PolicyFleet:
             await asyncio.sleep(pause)
             replica.wanted.clear()
             weights = self._weights
-            assert weights is not None, "it is wanted from the first publish on"
             try:
-                await replica.publisher.publish(weights.tensors, weights.version)
-                await replica.client.wait_ready(within=_READY_SECONDS)
-            except PublishError as error:
+                if weights is None:
+                    await replica.publisher.wait_ready(within=_REPORT_SECONDS)
+                else:
+                    await replica.publisher.publish(weights.tensors, weights.version)
+                    await replica.client.wait_ready(within=_READY_SECONDS)
+            except TakenOverError as error:
                 self._error = error
             except Exception as error:
                 failures += 1
@@ -318,9 +322,10 @@ class PolicyFleet:
                         self._error = error
             else:
                 failures = 0
-                if replica.state is not ReplicaState.USABLE and len(self._replicas) > 1:
-                    _log.info("a policy server joined", target=replica.target, weights=str(weights.version))
-                replica.state, replica.holds = ReplicaState.USABLE, weights.version
+                holds = None if weights is None else weights.version
+                if holds is not None and replica.state is not ReplicaState.USABLE and len(self._replicas) > 1:
+                    _log.info("a policy server joined", target=replica.target, weights=str(holds))
+                replica.state, replica.holds = ReplicaState.USABLE, holds
             self._changed()
 
     def _set_aside(self, replica: Replica, state: ReplicaState, why: str, *, pause: float) -> None:
@@ -331,11 +336,21 @@ class PolicyFleet:
         replica.state, replica.why, replica.holds, replica.pause = state, why, None, pause
         replica.wanted.set()
 
+    def _in(self, state: ReplicaState) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if replica.state is state]
+
     def _changed(self) -> None:
         states = [replica.state for replica in self._replicas.values()]
         for state in ReplicaState:
             self._metrics.policy_replicas.labels(state=state.value).set(states.count(state))
+        self._news.set()
         self._assign()
+
+    async def _change(self, within: float) -> None:
+        """Until a replica's state may have changed, or so many seconds have passed."""
+        self._news.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), within)
 
     async def _find_first(self) -> None:
         with watched(self._watch) as on_wait:
@@ -349,6 +364,8 @@ class PolicyFleet:
                         seconds = time.monotonic() - began
                         on_wait(Waiting("policy server", self.target, seconds, attempt, str(error)))
                     await asyncio.sleep(min(_REPORT_SECONDS, self._backoff(attempt)))
+        if self._discovery.changes and self._finder is None:
+            self._finder = asyncio.create_task(self._look_again())
 
     async def _look_again(self) -> None:
         failing = False
@@ -389,15 +406,14 @@ class PolicyFleet:
             timeout=self._publish_timeout,
             retry=once,
             on_new_server=lambda: self._check(client),
-            watch=self._watch,
+            watch=_Silent(),
             metadata=self._metadata,
             shared_folder=self._shared_folder,
         )
         replica = Replica(target, client, publisher)
+        replica.wanted.set()
         replica.keeper = asyncio.create_task(self._keep(replica))
         self._metrics.policy_calls.labels(replica=target).set(0)
-        if self._weights is not None:
-            replica.wanted.set()
         return replica
 
 

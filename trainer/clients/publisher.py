@@ -35,6 +35,10 @@ class PublishError(RuntimeError):
     """The server holds weights that this trainer must not replace, or can't take these; the message says which."""
 
 
+class TakenOverError(PublishError):
+    """Another trainer has the server, or this run."""
+
+
 @dataclass(frozen=True)
 class WeightsInfo:
     """What GetWeights tells of a server."""
@@ -230,12 +234,12 @@ class WeightPublisher:
         if live == ours:
             return True
         if live.is_after(ours):
-            raise PublishError(
+            raise TakenOverError(
                 f"policy server {self.target} holds {live}, this trainer has {ours}: another trainer of this run is "
                 "newer, so this one stops"
             )
         if live.run_id not in ("", ours.run_id) and not may_take_over:
-            raise PublishError(
+            raise TakenOverError(
                 f"policy server {self.target} now holds {live}: another trainer took it over from run {ours.run_id}"
             )
         return False

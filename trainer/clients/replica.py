@@ -46,7 +46,7 @@ class Replica:
     retired: bool = False
     """Its address is gone: calls in flight may end, none is added."""
     wanted: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it may lack the weights published last."""
+    """Set when it may be away, or lack the weights published last."""
     keeper: asyncio.Task[None] | None = None
 
     def has(self, needed: WeightsVersion | None, *, or_later: bool) -> bool:

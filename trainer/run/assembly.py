@@ -59,7 +59,6 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
             preflight = Preflight(settings, start, servers)
             try:
                 await stop.interruptible(preflight.require())
-                await stop.interruptible(servers.hold_to(preflight.needs, preflight.pins))
             except Stopped:
                 return stop.exit_code
             store_identity(settings.run_dir, identity)

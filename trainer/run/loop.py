@@ -173,7 +173,9 @@ class TrainingLoop:
                 self._learning = True
                 numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
                 self._learning = False
-            self._parts.agreement.watch(numbers.get("rollout/logprob_gap_mean"))
+            # Tokens of older weights are as far off as the policy has moved since.
+            if numbers["rollout/staleness_max"] == 0:
+                self._parts.agreement.watch(numbers.get("rollout/logprob_gap_mean"))
         self.state = replace(
             self.state,
             completed_step=step,

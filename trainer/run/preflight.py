@@ -70,6 +70,7 @@ REFUSALS = (
 """Settings, data, folder or servers that don't fit the run: starting again does not help."""
 
 _SERVING_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Preflight:
         self._start = start
         self._servers = servers
         self._patience = patience
-        self._policy_server = _Server("policy", settings.policy_server[0], "--policy-server")
+        self._policy_server = _Server("policy", servers.fleet.target, "--policy-server")
         self._reward_server = _Server("reward", settings.reward_server, "--reward-server")
         self._digests: dict[torch.dtype, str] = {}
 
@@ -198,6 +199,7 @@ class Preflight:
         return checkpoint_store(self._settings).require_room(self.model.model.parameters())
 
     async def _check_policy_server(self) -> str:
+        await self._ask(self._policy_server, self._servers.reach(), "grpc.health.v1.Health/Check")
         policy, publisher = self._servers.policy, self._servers.publisher
         self.served = await self._ask(self._policy_server, policy.get_model(), f"{POLICY_SERVICE}/GetModel")
         self.weights = await self._ask(self._policy_server, publisher.get_weights(), f"{WEIGHTS_SERVICE}/GetWeights")
@@ -318,6 +320,14 @@ class Preflight:
         self.reference = served
         return f"{said}; only its log-probabilities tell whether it is the model that the run starts from"
 
+    async def _check_replicas(self) -> str:
+        grace = _GRACE_SECONDS if self._patience is None else self._patience.seconds / 2
+        held = self._servers.hold_to(self.needs, self.pins, grace=grace)
+        passed = await self._ask(self._policy_server, held, f"{POLICY_SERVICE}/GetModel")
+        away = sorted(set(self._servers.fleet.known) - set(passed))
+        said = f"{len(passed)} of {len(passed) + len(away)} can take the weights"
+        return f"{said}; when they come, the same is asked of {', '.join(away)}" if away else said
+
     async def _served_reference(self) -> ModelInfo:
         policy = self._servers.policy
         try:
@@ -394,6 +404,7 @@ class Preflight:
         ("reference", _check_reference, ("model", "policy server")),
         ("reward server", _check_reward_server, ()),
         ("reward columns", _check_columns, ("data", "reward server")),
+        ("replicas", _check_replicas, ("tokenizer", "logit columns", "context", "reference", "reward server")),
     )
     """Name, check, and the checks that it builds on. What needs no server comes first."""
     _LOG_PROBABILITIES: ClassVar[_Check] = (
