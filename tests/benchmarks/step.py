@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.benchmarks.measuring import Measurement
 from tests.benchmarks.roofline import Limits
@@ -67,7 +69,7 @@ class Steps:
         return {
             "rounds": {name: list(rounds) for name, rounds in self.rounds.items()},
             "ratios": {name: self._faster(name) for name in self.rounds},
-            "largest_differences": dict(self.differences),
+            "largest_difference": self.difference,
             "key_bias_difference": self.key_bias,
         }
 
@@ -92,11 +94,13 @@ async def measure(folder: Path, _start: StartProcess, threads: int) -> Steps:
     bf16 takes part where the CPU multiplies it: elsewhere a step takes minutes. TRL_PYTHON names the interpreter that
     has TRL; unset: the one that `make .venv-trl/.ready` makes.
     """
+    trl = os.environ.get("TRL_PYTHON", str(_ROOT / ".venv-trl/bin/python"))
+    if shutil.which(trl) is None:
+        raise SystemExit(f"{trl} does not exist: run `make .venv-trl/.ready`, or name TRL's interpreter in TRL_PYTHON")
     scratch = folder.parent / "step"
     scratch.mkdir()
     _make_inputs(folder, scratch)
     here = (sys.executable, "-m", "tests.benchmarks.step_here", str(scratch), str(threads))
-    trl = os.environ.get("TRL_PYTHON", str(_ROOT / ".venv-trl/bin/python"))
     commands: dict[str, Sequence[str]] = {
         _TRL: (trl, str(Path(__file__).with_name("step_in_trl.py")), str(scratch), str(threads)),
         "ours": (*here, "no"),
@@ -148,9 +152,16 @@ def _side(command: Sequence[str], threads: int) -> Iterator[_Side]:
 
 
 def _make_inputs(folder: Path, scratch: Path) -> None:
-    """The model with a value head, and samples drawn from it, so that their log-probabilities are a rollout's."""
+    """The model with a value head, and samples drawn from it, so that their log-probabilities are a rollout's.
+
+    Its weights are as narrow as GPT-2's at the start: those of `folder` are so wide that a deep model blows rounding up
+    beyond any comparison.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, v_head_init_strategy="normal")
+    config = AutoConfig.from_pretrained(folder, initializer_range=0.02)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(
+        AutoModelForCausalLM.from_config(config), v_head_init_strategy="normal"
+    )
     torch.nn.init.constant_(model.v_head.summary.bias, 0.1)
     model.save_pretrained(scratch / "model")
     prompts = torch.randint(0, 256, (BATCH, PROMPT_TOKENS))
