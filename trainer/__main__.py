@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
     except REFUSALS as error:
-        _log.error(f"the run stops: {error}")
+        _log.error(str(error))
         return EX_CONFIG
     except _MetricsPortError as error:
         _log.error(str(error))

@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which ones; none = all")
+    known = ", ".join(BENCHMARKS)
+    # argparse checks the empty list, too, that stands for no name.
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help=f"{known}; none = all")
     parser.add_argument("--large", action="store_true", help="with a model of GPT-2's size")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and little work: whether all runs, the figures say nothing"
