@@ -34,6 +34,7 @@ _WORK: Mapping[str, Callable[..., Any]] = {
     "swap": swap.Work,
     "logprobs": logprobs.Work,
     "score": score.Work,
+    "iteration": iteration.Work,
 }
 
 _SMALL = {"layers": 6, "width": 256}
@@ -48,6 +49,7 @@ _QUICK: Mapping[str, Mapping[str, Any]] = {
     "swap": {"models": (_TINY,), "swaps": 1, "rows": 2, "tokens": 24, "rounds": 1},
     "logprobs": {"sequences": 4, "longest": 16, "rounds": 1},
     "score": {"calls": 8, "rounds": 1, "examples": ("python",)},
+    "iteration": {"samples": 4, "new_tokens": 4, "steps": 3, "rounds": 1},
 }
 
 

@@ -9,24 +9,29 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from policy_server.engine.batch import BatchEngine
 from policy_server.engine.loading import load_models
 from policy_server.engine.protocol import GenerationRequest, InFlight, Sampling, ScoringRequest, WeightsVersion
+from tests.benchmarks.measuring import make_table
+from tests.benchmarks.roofline import Limits
 from tests.support.processes import ProcessUnderTest, StartProcess
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 
-SAMPLES, PROMPT_TOKENS, NEW_TOKENS, EPOCHS = 32, 16, 64, 1
-STEPS, WARM_UP, ROUNDS = 5, 2, 2
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The first step meets cold caches, the second, ahead, a pipeline that was empty.
+WARM_UP = 2
 
 _REWARD = """
 import threading, time
@@ -46,8 +51,29 @@ _PHASES = ("rollout", "learn", "publish")
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a step rolls out and learns, and how often."""
+
+    samples: int = 32
+    prompt_tokens: int = 16
+    new_tokens: int = 64
+    epochs: int = 1
+    steps: int = 7
+    """Of a run, with the first WARM_UP, which don't count."""
+    rounds: int = 2
+
+    @property
+    def mini_batch(self) -> int:
+        """Samples."""
+        return self.samples // 4
+
+
+@dataclass(frozen=True)
 class Iteration:
-    """Seconds of one step and of its phases; the rollout's are those that the step waits for it."""
+    """Seconds from the end of a step to that of the next, and of its phases; the rollout's are those it is waited for.
+
+    What no phase has is what happens between them: accounting and reports.
+    """
 
     step: float
     phases: Mapping[str, float]
@@ -57,60 +83,114 @@ class Iteration:
 class Iterations:
     """By alternative, all steps of all rounds."""
 
+    work: Work
     steps: Mapping[str, list[Iteration]]
+    reward_seconds: float
+    """What the slow reward takes for a step's samples."""
 
     def seconds(self, name: str, phase: str | None = None) -> float:
         """The median over steps, of the whole or of one phase."""
         return statistics.median(each.step if phase is None else each.phases[phase] for each in self.steps[name])
 
+    def faster(self, name: str) -> float:
+        """Steps per second against those of the alternative that it is compared with."""
+        return self.seconds(_COMPARED_WITH.get(name, ONE)) / self.seconds(name)
+
     def show(self) -> None:
-        """Print the table, and what overlap could give at most."""
-        table = Table(
-            title=f"iteration: {SAMPLES} prompts x {PROMPT_TOKENS} tokens, {NEW_TOKENS} new tokens, {EPOCHS} epoch"
+        """Print the table."""
+        work = self.work
+        table = make_table(
+            f"iteration: {work.samples} prompts x {work.prompt_tokens} tokens, {work.new_tokens} new tokens, "
+            f"{work.epochs} epoch(s)",
+            *("", "s a step", *_PHASES, "steps/s", "to"),
         )
-        for heading in ("", "s a step", *_PHASES, "steps/s", "to"):
-            table.add_column(heading, justify="left" if not heading else "right")
         for name in self.steps:
-            against = _COMPARED_WITH.get(name, ONE)
             cells = [f"{self.seconds(name, phase):.2f}" for phase in _PHASES]
-            rate = self.seconds(against) / self.seconds(name)
-            table.add_row(name, f"{self.seconds(name):.2f}", *cells, f"{rate:.2f} x", against)
+            ratio = f"{self.faster(name):.2f} x"
+            table.add_row(name, f"{self.seconds(name):.2f}", *cells, ratio, _COMPARED_WITH.get(name, ONE))
         console = Console()
         console.print(table)
-        if PINNED in self.steps:
-            whole, rollout = self.seconds(PINNED), self.seconds(PINNED, "rollout")
-            console.print(f"perfect overlap would be {whole / max(rollout, whole - rollout):.2f} x {PINNED}")
+        console.print(f"the slow reward takes {self.reward_seconds:.2f} s for a step's completions")
+
+    def record(self) -> dict[str, Any]:
+        """See Report."""
+        return {
+            "settings": asdict(self.work),
+            "steps": {name: [asdict(each) for each in steps] for name, steps in self.steps.items()},
+            "medians": {name: self.seconds(name) for name in self.steps},
+            "ratios": {name: self.faster(name) for name in self.steps},
+            "reward_seconds": self.reward_seconds,
+        }
+
+    def draw(self, figure: Figure) -> None:
+        """See Report."""
+        axes = figure.subplots()
+        names = list(self.steps)
+        left = [0.0] * len(names)
+        for phase in _PHASES:
+            widths = [self.seconds(name, phase) for name in names]
+            axes.barh(names, widths, left=left, label=phase)
+            left = [begin + width for begin, width in zip(left, widths, strict=True)]
+        axes.scatter([self.seconds(name) for name in names], names, color="black", label="step")
+        axes.invert_yaxis()
+        axes.set(title="a step", xlabel="seconds")
+        axes.legend()
+
+    def reached(self, limits: Limits) -> Mapping[str, float]:
+        """See Report."""
+        at_best = max(self.seconds(THREE, "rollout"), self.reward_seconds) + self._rest(THREE)
+        reached = {
+            f"the one process's rate: {THREE}": self.faster(THREE),
+            f"the rate at max(generation, reward) + learning: {SLOW}": at_best / self.seconds(SLOW),
+        }
+        if AHEAD in self.steps:
+            overlapped = max(self.seconds(PINNED, "rollout"), self._rest(PINNED))
+            reached[f"perfect overlap's {self.seconds(PINNED) / overlapped:.2f} x: {AHEAD}"] = (
+                overlapped / self.seconds(AHEAD)
+            )
+        return reached
+
+    def _rest(self, name: str) -> float:
+        """What a step takes beside its rollout."""
+        return self.seconds(name) - self.seconds(name, "rollout")
 
 
-async def measure(folder: Path, start: StartProcess, threads: int) -> Iterations:
-    """The alternatives in turn, ROUNDS times; the servers stay, each run of the trainer is a process of its own."""
+async def measure(folder: Path, start: StartProcess, threads: int, work: Work | None = None) -> Iterations:
+    """The alternatives in turn; the servers stay, each run of the trainer is a process of its own.
+
+    With more than one CPU, servers and trainer are also put on halves of their own, where they can overlap.
+    """
+    work = work or Work()
     data = folder.parent / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{row:0{PROMPT_TOKENS}d}"}) + "\n" for row in range(512)))
-    runs = _Runs(folder, data, start)
+    rows = ({"prompt": f"{row:0{work.prompt_tokens}d}"} for row in range(work.samples * work.steps * 2))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = _Runs(folder, data, start, work)
     together = await runs.servers(threads)
     steps: dict[str, list[Iteration]] = {ONE: [], THREE: []}
     cpus = sorted(os.sched_getaffinity(0))
     halves = (cpus[: len(cpus) // 2], cpus[len(cpus) // 2 :])
     apart = await runs.servers(len(halves[0]), cpus=halves[0]) if halves[0] else None
     slow: ProcessUnderTest | None = None
-    for _ in range(ROUNDS):
-        steps[ONE] += await _in_one_process(folder)
+    reward_seconds = 0.0
+    for _ in range(work.rounds):
+        steps[ONE] += await _in_one_process(folder, work)
         steps[THREE] += await runs.train(*together, threads=threads)
         if slow is None:
-            rollout = statistics.median(each.phases["rollout"] for each in steps[THREE])
-            slow = await runs.reward(seconds=rollout / SAMPLES)
+            reward_seconds = statistics.median(each.phases["rollout"] for each in steps[THREE])
+            slow = await runs.reward(seconds=reward_seconds / work.samples)
         steps.setdefault(SLOW, []).extend(await runs.train(together[0], slow, threads=threads))
         if apart is not None:
             for name, staleness in ((PINNED, 0), (AHEAD, 1)):
                 pinned = await runs.train(*apart, threads=len(halves[1]), cpus=halves[1], max_staleness=staleness)
                 steps.setdefault(name, []).extend(pinned)
-    return Iterations(steps)
+    return Iterations(work, steps, reward_seconds)
 
 
 class _Runs:
     """Starts servers and trainers, on the CPUs that are named."""
 
-    def __init__(self, folder: Path, data: Path, start: StartProcess) -> None:
+    def __init__(self, folder: Path, data: Path, start: StartProcess, work: Work) -> None:
+        self._work = work
         self._folder = folder
         self._data = data
         self._start = start
@@ -145,34 +225,42 @@ class _Runs:
         cpus: Sequence[int] | None = None,
         max_staleness: int = 0,
     ) -> list[Iteration]:
-        """The steps of a run, but for the first, which meet cold caches and, ahead, an empty pipeline."""
+        """The steps of a run, but for the first WARM_UP."""
         self._count += 1
         run_dir = self._folder.parent / f"run_{self._count}"
+        work = self._work
         values = {
             "model": self._folder,
             "policy-server": policy.address,
             "reward-server": reward.address,
             "data": self._data,
             "run-dir": run_dir,
-            "steps": STEPS,
-            "batch-size": SAMPLES,
-            "mini-batch-size": SAMPLES // 4,
-            "ppo-epochs": EPOCHS,
-            "max-new-tokens": NEW_TOKENS,
+            "steps": work.steps,
+            "batch-size": work.samples,
+            "mini-batch-size": work.mini_batch,
+            "ppo-epochs": work.epochs,
+            "max-new-tokens": work.new_tokens,
             "eval-prompts": 0,
-            "save-every": STEPS,
+            "save-every": work.steps,
             "threads": threads,
             "max-staleness": max_staleness,
         }
         flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
         trainer = self._start("trainer", *flags, listen=None)
         _pin(trainer, cpus)
-        if await asyncio.to_thread(trainer.wait_exit, 600) != 0:
+        ends: list[float] = []
+        lines: list[str] = []
+        while (code := trainer.poll()) is None:
+            lines = metrics.read_text().splitlines() if (metrics := run_dir / "metrics.jsonl").exists() else []
+            ends += [time.perf_counter()] * (len(lines) - len(ends))
+            await asyncio.sleep(0.01)
+        if code != 0:
             raise RuntimeError(trainer.log_text()[-4000:])
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         return [
-            Iteration(line["time/step"], {phase: line[f"time/{phase}"] for phase in _PHASES})
-            for line in lines[WARM_UP:]
+            Iteration(
+                ends[step] - ends[step - 1], {phase: json.loads(lines[step])[f"time/{phase}"] for phase in _PHASES}
+            )
+            for step in range(WARM_UP, work.steps)
         ]
 
 
@@ -182,12 +270,12 @@ def _pin(process: ProcessUnderTest, cpus: Sequence[int] | None) -> None:
         os.sched_setaffinity(process.pid, cpus)
 
 
-async def _in_one_process(folder: Path) -> list[Iteration]:
+async def _in_one_process(folder: Path, work: Work) -> list[Iteration]:
     """The same engine, reward and learner, called one after the other."""
     models = load_models(str(folder), None, dtype=torch.float32, device="cpu", reproducible=False)
     learner = PPOLearner(
         AutoModelForCausalLMWithValueHead.from_pretrained(folder),
-        PPOConfig(batch_size=SAMPLES, mini_batch_size=SAMPLES // 4, ppo_epochs=EPOCHS),
+        PPOConfig(batch_size=work.samples, mini_batch_size=work.mini_batch, ppo_epochs=work.epochs),
         reference=None,
         tokenizer_pad_id=0,
     )
@@ -196,16 +284,18 @@ async def _in_one_process(folder: Path) -> list[Iteration]:
     exec(_REWARD.format(seconds=0.0), judge)
     await engine.start()
     try:
-        return [await _one_step(engine, learner, judge["reward"], step) for step in range(STEPS)][WARM_UP:]
+        return [await _one_step(engine, learner, judge["reward"], step, work) for step in range(work.steps)][WARM_UP:]
     finally:
         await engine.stop(finish_within=0)
 
 
-async def _one_step(engine: BatchEngine, learner: PPOLearner, reward: object, step: int) -> Iteration:
+async def _one_step(engine: BatchEngine, learner: PPOLearner, reward: object, step: int, work: Work) -> Iteration:
     assert callable(reward)
     began = time.perf_counter()
     # A byte is a token.
-    prompts = [tuple(b"%0*d" % (PROMPT_TOKENS, row)) for row in range(step * SAMPLES, (step + 1) * SAMPLES)]
+    prompts = [
+        tuple(b"%0*d" % (work.prompt_tokens, row)) for row in range(step * work.samples, (step + 1) * work.samples)
+    ]
 
     async def complete(row: int) -> tuple[list[int], list[float], str]:
         ids: list[int] = []
@@ -215,9 +305,9 @@ async def _one_step(engine: BatchEngine, learner: PPOLearner, reward: object, st
             request_id=f"{step}-{row}",
             model="policy",
             prompt_token_ids=prompts[row],
-            sampling=Sampling(max_new_tokens=NEW_TOKENS, seed=step * SAMPLES + row),
+            sampling=Sampling(max_new_tokens=work.new_tokens, seed=step * work.samples + row),
             processed_logprobs=True,
-            stream_interval=NEW_TOKENS,
+            stream_interval=work.new_tokens,
         )
         async with aclosing(engine.submit(request)) as deltas:
             async for delta in deltas:
@@ -226,10 +316,10 @@ async def _one_step(engine: BatchEngine, learner: PPOLearner, reward: object, st
                 text += delta.text
         return ids, logprobs, text
 
-    completions = await asyncio.gather(*(complete(row) for row in range(SAMPLES)))
+    completions = await asyncio.gather(*(complete(row) for row in range(work.samples)))
     sequences = [(prompt, ids) for prompt, (ids, _, _) in zip(prompts, completions, strict=True)]
     reference = await engine.log_probs(ScoringRequest(f"reference-{step}", "reference", sequences))
-    scores = reward([""] * SAMPLES, [text for _, _, text in completions])
+    scores = reward([""] * work.samples, [text for _, _, text in completions])
     rolled_out = time.perf_counter()
     batch = RolloutBatch(
         queries=[torch.tensor(prompt) for prompt in prompts],

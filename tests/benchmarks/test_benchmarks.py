@@ -15,6 +15,7 @@ MARKS = {
     "swap": pytest.mark.slow,
     "logprobs": pytest.mark.slow,
     "step": (pytest.mark.slow, pytest.mark.trl),
+    "iteration": pytest.mark.slow,
 }
 
 
@@ -88,6 +89,15 @@ def check_step(found: dict[str, Any]) -> None:
     assert found["largest_differences"]["ours"] < 1e-5
 
 
+def check_iteration(found: dict[str, Any]) -> None:
+    assert {"one process", "three processes", "slow reward"} <= set(found["steps"])
+    assert set(found["steps"]) == set(found["medians"]) == set(found["ratios"])
+    assert found["reward_seconds"] > 0
+    for steps in found["steps"].values():
+        assert len(steps) == found["settings"]["steps"] - 2
+        assert all(step["step"] > 0 and set(step["phases"]) == {"rollout", "learn", "publish"} for step in steps)
+
+
 CHECKS = {
     "rollout": check_rollout,
     "latency": check_latency,
@@ -95,6 +105,7 @@ CHECKS = {
     "logprobs": check_logprobs,
     "score": check_score,
     "step": check_step,
+    "iteration": check_iteration,
 }
 
 
