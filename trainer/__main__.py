@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.run.checking import check
         from trainer.run.preflight import REFUSALS
         from trainer.run.progress import Progress, wants_live_display
-        from trainer.run.runfolder import lock_run_folder
+        from trainer.run.runfolder import StorageError, lock_run_folder
         from trainer.run.waiting import WaitBoard
 
     if settings.check:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _MetricsPortError as error:
         _log.error(str(error))
         return 1
-    except (RpcFailure, BrokenServerError, NonFiniteLossError) as error:
+    except (RpcFailure, BrokenServerError, NonFiniteLossError, StorageError) as error:
         _log.error(f"the run stops: {error}")
         return 1
 

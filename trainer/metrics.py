@@ -74,6 +74,11 @@ class TrainerMetrics:
             ["reason", "code"],
             registry=registry,
         )
+        self.journal_answers = Counter(
+            "rlhf_trainer_journal_answers",
+            "Samples whose reward an earlier start of the run had got already.",
+            registry=registry,
+        )
         self.publishes = Counter(
             "rlhf_trainer_publishes",
             "Weights brought live on a policy server; a set counts once, however many replicas get it.",

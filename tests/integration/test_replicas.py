@@ -82,7 +82,7 @@ def test_a_replica_killed_in_mid_rollout_loses_nothing_and_joins_again_when_it_i
     assert_finished(trainer)
     assert_same_bits(world, "replicas", uninterrupted)
     assert_accounted_once(world, "replicas")
-    assert world.lines("replicas", "accounting.jsonl") == world.lines(uninterrupted, "accounting.jsonl")
+    assert world.accounting("replicas") == world.accounting(uninterrupted)
     assert "a policy server is away; the others go on" in trainer.log_text()
     assert "a policy server joined" in trainer.log_text()
     assert generated(again) > 0, "the evaluation at the end used it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.test_faults import PICKY
+from tests.integration.test_failures_reward import PICKY
 from tests.integration.training import World, assert_finished
 from tests.support.browser import chromium
 from tests.trainer.report.reader import Reader

@@ -47,14 +47,16 @@ class World:
         """Start the policy server, which was killed, where it was."""
         self.policy = self.policy_server(listen=self.policy.address)
 
-    def restart_reward(self) -> None:
-        """Start the reward server, which was killed, where it was."""
-        self.reward = self.reward_server(listen=self.reward.address)
-
-    def policy_server(self, *, listen: str = "127.0.0.1:0", model: Path | None = None) -> ProcessUnderTest:
+    def policy_server(
+        self,
+        *more: str,
+        listen: str = "127.0.0.1:0",
+        model: Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> ProcessUnderTest:
         """A policy server of `model`, or of the world's; returns at once."""
-        flags = (*POLICY_FLAGS, "--weights-root", str(self.weights_folder))
-        return self.start("policy_server", "--model", str(model or self.model), *flags, listen=listen)
+        flags = (*POLICY_FLAGS, *more, "--weights-root", str(self.weights_folder))
+        return self.start("policy_server", "--model", str(model or self.model), *flags, listen=listen, env=env)
 
     def reward_server(
         self, source: str = VOWELS, *, listen: str = "127.0.0.1:0", name: str = "vowels"
@@ -70,6 +72,7 @@ class World:
         *flags: str,
         reward: ProcessUnderTest | ExampleServer | None = None,
         reproducible: bool = True,
+        env: dict[str, str] | None = None,
         **settings: object,
     ) -> ProcessUnderTest:
         """A trainer of run `run` in a folder of that name; `settings` replace what is set here."""
@@ -97,7 +100,8 @@ class World:
             **settings,
         }
         given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        return self.start("trainer", *given, *(["--reproducible"] if reproducible else []), *flags, listen=None)
+        given += ["--reproducible"] if reproducible else []
+        return self.start("trainer", *given, *flags, listen=None, env=env)
 
     def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
         """The whole lines of a run's .jsonl file so far, of one kind if given."""
@@ -107,6 +111,11 @@ class World:
         text = path.read_text()
         records = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [record for record in records if kind is None or record["kind"] == kind]
+
+    def accounting(self, run: str) -> list[dict[str, Any]]:
+        """accounting.jsonl, its sample ids without the run's: equal for runs that did the same."""
+        lines = self.lines(run, "accounting.jsonl")
+        return [{**line, "sample_id": line.get("sample_id", "").partition("/")[2]} for line in lines]
 
     def steps_done(self, run: str) -> int:
         """PPO steps whose line is written."""

@@ -84,8 +84,9 @@ class RewardSample:
     json_keys: frozenset[str] = frozenset()
     messages: Sequence[Mapping[str, object]] = ()
     step: int | None = None
+    """The run's, of the batch or the evaluation that it is judged for."""
     request_id: str | None = None
-    """With `step`, for log lines only."""
+    """For log lines only."""
 
 
 @dataclass(frozen=True)

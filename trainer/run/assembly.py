@@ -13,13 +13,14 @@ from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
 from trainer.metrics import TrainerMetrics
 from trainer.run.checkpoints import RunState, load_learner_state
+from trainer.run.journal import Journal
 from trainer.run.loading import prepare_torch
 from trainer.run.loop import Parts, Plan, TrainingLoop
 from trainer.run.preflight import Preflight
 from trainer.run.progress import Progress
 from trainer.run.records import RunRecords
 from trainer.run.rollouts import RolloutCollector, Sampling
-from trainer.run.runfolder import store_identity
+from trainer.run.runfolder import StorageError, replace_durably, store_identity
 from trainer.run.servers import Servers
 from trainer.run.start import checkpoint_store, find_start, model_folder
 from trainer.run.stopping import Stopped, StopSignal
@@ -66,10 +67,17 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
             begun = start.stored or RunState(identity.run_id, identity.incarnation, preflight.pins)
             state = replace(begun, incarnation=identity.incarnation)
             resumed_step = start.stored.completed_step if start.stored is not None else None
-            with _parts(settings, state, resumed_step, preflight, servers, metrics, progress) as parts:
-                if start.checkpoint is not None:
-                    parts.learner.load_state_dict(load_learner_state(start.checkpoint))
-                return await _run_loop(TrainingLoop(_plan(settings), parts, state, stop), model_folder(settings), stop)
+            journal = Journal(
+                settings.run_dir / "journal.jsonl",
+                reward_version=state.pins.reward_version,
+                on_found=metrics.journal_answers.inc,
+            )
+            async with contextlib.aclosing(journal):
+                with _parts(settings, state, resumed_step, preflight, servers, journal, metrics, progress) as parts:
+                    if start.checkpoint is not None:
+                        parts.learner.load_state_dict(load_learner_state(start.checkpoint))
+                    loop = TrainingLoop(_plan(settings), parts, state, stop)
+                    return await _run_loop(loop, model_folder(settings), stop)
 
 
 async def _run_loop(loop: TrainingLoop, folder: Path, stop: StopSignal) -> int:
@@ -79,6 +87,9 @@ async def _run_loop(loop: TrainingLoop, folder: Path, stop: StopSignal) -> int:
         await loop.save()
         _log.info("stopped with a checkpoint; --resume goes on", step=loop.state.completed_step)
         return stop.exit_code
+    except StorageError:
+        # A checkpoint would be one more write that fails.
+        raise
     except Exception:
         # Before the first step there is nothing to keep, and what is wrong may be what a checkpoint would pin.
         if loop.at_boundary and loop.state.completed_step:
@@ -105,7 +116,7 @@ def _note_settings(settings: TrainerSettings) -> None:
             "and the KL controller go on from the checkpoint all the same",
             **changed,
         )
-    file.write_text(to_yaml(settings), encoding="utf-8")
+    replace_durably(file, to_yaml(settings).encode())
 
 
 @contextlib.contextmanager
@@ -115,6 +126,7 @@ def _parts(
     resumed_step: int | None,
     preflight: Preflight,
     servers: Servers,
+    journal: Journal,
     metrics: TrainerMetrics,
     progress: Progress,
 ) -> Iterator[Parts]:
@@ -122,6 +134,7 @@ def _parts(
     collector = RolloutCollector(
         servers.fleet,
         servers.rewards,
+        journal,
         run_id=state.run_id,
         sampling=Sampling(settings.temperature, settings.max_new_tokens),
         concurrency=settings.rollout_concurrency,
@@ -149,6 +162,7 @@ def _parts(
             collector=collector,
             agreement=preflight.agreement,
             checkpoints=checkpoint_store(settings),
+            journal=journal,
             records=records,
             trackers=trackers,
             metrics=metrics,

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.run.prompts import Cursor
-from trainer.run.runfolder import sync_folder
+from trainer.run.runfolder import storing, sync_folder
 from trainer.run.space import free_at, in_units
 from trainer.tokenizers import Saveable, save_tokenizer
 
@@ -85,8 +86,13 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest checkpoint, or None; only whole ones ever have their name."""
-        found = self._all() if self._folder.exists() else []
-        return found[-1] if found else None
+        found = self._all()
+        return found[-1][1] if found else None
+
+    def oldest_step(self) -> int:
+        """The step of the oldest checkpoint, to which a run can be taken back; 0 = there is none."""
+        found = self._all()
+        return found[0][0] if found else 0
 
     def require_room(self, parameters: Iterable[Tensor]) -> str:
         """Say how much room the checkpoints take and how much there is; raises CheckpointError when it is not enough.
@@ -118,13 +124,13 @@ class CheckpointStore:
             save_tokenizer(tokenizer, partial)
             torch.save({"learner": dict(learner_state), "random": _random_states()}, partial / _LEARNER_FILE)
             (partial / _STATE_FILE).write_text(json.dumps(state.to_json(), indent=2), encoding="utf-8")
-        for old in self._all()[: -self._keep]:
+        for _, old in self._all()[: -self._keep]:
             shutil.rmtree(old)
         return final
 
-    def _all(self) -> list[Path]:
-        named = [(match, path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
+    def _all(self) -> list[tuple[int, Path]]:
+        found = self._folder.iterdir() if self._folder.exists() else ()
+        return sorted((int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name)))
 
 
 def save_model(folder: Path, *, step: int, model: Saveable, tokenizer: Saveable) -> None:
@@ -193,21 +199,29 @@ def _durable_folder(final: Path) -> Iterator[Path]:
     """A new folder to fill, which gets the name `final` once everything in it is on disk; an older `final` goes.
 
     Whatever lies at `final` is whole at any time; for an instant between two renames there is nothing.
+    Raises StorageError.
     """
     partial = final.with_name(f".partial-{final.name}")
     replaced = final.with_name(f".partial-replaced-{final.name}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for interrupted in final.parent.glob(".partial-*"):
-        shutil.rmtree(interrupted)
-    partial.mkdir()
-    yield partial
-    _sync_tree(partial)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    sync_folder(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    # torch tells a full disk by a RuntimeError.
+    with storing(final, (OSError, RuntimeError, SafetensorError)):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for interrupted in final.parent.glob(".partial-*"):
+            shutil.rmtree(interrupted)
+        partial.mkdir()
+        try:
+            yield partial
+            _sync_tree(partial)
+        except Exception:
+            # On a full disk the next attempt needs this room.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if final.exists():
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(final.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
 
 
 def _sync_tree(folder: Path) -> None:

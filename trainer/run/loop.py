@@ -26,6 +26,7 @@ from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.agreement import Agreement
 from trainer.run.checkpoints import CheckpointStore, RunState, save_model
 from trainer.run.heldout import logprobs_of, sample_line, summarize
+from trainer.run.journal import Journal
 from trainer.run.progress import Progress
 from trainer.run.prompts import Cursor, Draw, Prompt, PromptSource
 from trainer.run.records import RunRecords, accounting_lines, scalars
@@ -74,6 +75,7 @@ class Parts:
     collector: RolloutCollector
     agreement: Agreement
     checkpoints: CheckpointStore
+    journal: Journal
     records: RunRecords
     trackers: Sequence[Tracker]
     metrics: TrainerMetrics
@@ -142,6 +144,7 @@ class TrainingLoop:
         with self._phase("checkpoint"):
             self.state = replace(self.state, log_offsets=self._parts.records.sync())
             await self._in_model_thread(self._write_checkpoint)
+            await self._parts.journal.forget(before=self._parts.checkpoints.oldest_step())
         self._parts.metrics.checkpoints.inc()
 
     async def export(self, folder: Path) -> None:

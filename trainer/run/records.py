@@ -53,7 +53,8 @@ def drop_reason(rollout: Rollout) -> DropReason | None:
 def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollout | None]) -> list[dict[str, Any]]:
     """One line per prompt drawn for `step`: trained, or dropped with the reason and what the reward server said.
 
-    `versions` are those of the weights that sampled its tokens, in their order.
+    `versions` are those of the weights that sampled its tokens, in their order; by `sample_id` the reward server knows
+    it.
 
     `rollouts` are those of the usable draws, in order; None is a straggler.
     """
@@ -76,6 +77,10 @@ def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollou
         line["outcome"] = "trained" if reason is None else "dropped"
         if reason is not None:
             line["reason"] = reason.value
+        if rollout is not None and rollout.outcome is not None:
+            line["sample_id"] = rollout.sample_id
+        if rollout is not None and isinstance(rollout.outcome, Scored):
+            line["reward"] = rollout.outcome.reward
         if rollout is not None and rollout.generation.versions:
             line["versions"] = [weights.version for weights in rollout.generation.versions]
         if rollout is not None and isinstance(rollout.outcome, Failed):

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf.channel import call_metadata
-from rlhf.logs import bound_context
+from rlhf.logs import bound_context, get_logger
 from trainer.clients.policy import REFERENCE, BrokenServerError, FinishReason, Generation, ModelInfo
 from trainer.clients.rewards import Outcome, RewardClient, RewardSample, Scored
+from trainer.run.journal import Journal
 from trainer.run.prompts import Prompt
 from trainer.run.seeds import content_hash
 from trainer.versions import WeightsVersion
+
+_log = get_logger(__name__)
 
 # Most rows whose reference log-probabilities are asked for in one call.
 _REFERENCE_ROWS = 16
@@ -89,6 +92,7 @@ class RolloutCollector:
         self,
         policy: Policy,
         rewards: RewardClient,
+        journal: Journal,
         *,
         run_id: str,
         sampling: Sampling,
@@ -98,6 +102,7 @@ class RolloutCollector:
         """`concurrency` bounds the Generate calls in flight; `served_reference`: ask the server's frozen reference."""
         self._policy = policy
         self._rewards = rewards
+        self._journal = journal
         self._run_id = run_id
         self._sampling = sampling
         self._slots = asyncio.Semaphore(concurrency)
@@ -125,7 +130,7 @@ class RolloutCollector:
         cancels the rest and is raised as it is.
         """
         await self._rewards.check_pinned()
-        done = scored = 0
+        done = scored = from_journal = 0
 
         async def generate(row: int) -> Generation:
             nonlocal done
@@ -137,10 +142,16 @@ class RolloutCollector:
             return generation
 
         async def judge(row: int) -> tuple[str, Outcome | None]:
-            nonlocal scored
+            nonlocal scored, from_journal
             generation = await generations[row]
             sample = self._sample(name, step, row, prompts[row], generation)
-            outcome = await self._rewards.score(sample) if generation.token_ids else None
+            outcome: Outcome | None = None
+            if generation.token_ids:
+                outcome = self._journal.find(sample)
+                from_journal += outcome is not None
+                if outcome is None:
+                    outcome = await self._rewards.score(sample)
+                    await self._journal.keep(sample, outcome)
             scored += isinstance(outcome, Scored)
             if scored == enough:
                 cancel_stragglers(but=row)
@@ -170,6 +181,8 @@ class RolloutCollector:
                 references = [tasks.create_task(refer(rows)) for rows in groups]
         except BaseExceptionGroup as errors:
             raise _first(errors) from None
+        if from_journal:
+            _log.info("rewards came from the journal, so nobody was asked", collection=name, count=from_journal)
         logprobs = {
             row: logprobs
             for rows, reference in zip(groups, references, strict=True)

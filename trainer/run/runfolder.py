@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import uuid
@@ -18,6 +19,10 @@ _OWN_FILES = frozenset({".lock", f".{_IDENTITY_FILE}.tmp"})
 
 class RunFolderError(ValueError):
     """The folder can't be used for this run; the message says what to do."""
+
+
+class StorageError(RuntimeError):
+    """The run's folder can't be written to, because the disk is full, say; what was durable before still is."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,29 @@ def store_identity(folder: Path, identity: RunIdentity) -> None:
 
 def write_durably(file: Path, content: Mapping[str, Any]) -> None:
     """Replace `file` by `content` as JSON; after a crash either the old or the new is there, whole."""
+    replace_durably(file, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def replace_durably(file: Path, content: bytes) -> None:
+    """Replace `file` by `content`; after a crash either the old or the new is there, whole."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as out:
-        json.dump(content, out, indent=2)
-        out.write("\n")
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
-    sync_folder(file.parent)
+    with storing(file):
+        with temporary.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+        sync_folder(file.parent)
+
+
+@contextlib.contextmanager
+def storing(file: Path, failures: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Turn `failures`, by which the system or a library tells of a write, into a StorageError naming `file`."""
+    try:
+        yield
+    except failures as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise StorageError(f"can't write {file}: {said or error}") from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -111,6 +131,11 @@ def _lock(file: IO[str], folder: Path) -> None:
         ) from error
 
 
+def as_line(record: Mapping[str, Any]) -> bytes:
+    """One line of a .jsonl file."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 class JsonLines:
     """One append-only file of JSON objects, cut back to a checkpoint's offset when a run is resumed."""
 
@@ -118,17 +143,22 @@ class JsonLines:
         """Open `file`, keeping its first `keep_bytes` bytes: what came after them will be written again."""
         if keep_bytes > (file.stat().st_size if file.exists() else 0):
             raise RunFolderError(f"{file} is shorter than its checkpoint says: it was changed by someone else")
-        self._out: IO[bytes] = file.open("ab")
+        self._file = file
+        # Unbuffered: after a failed write nothing is left that closing would try to write again.
+        self._out: io.FileIO = file.open("ab", buffering=0)
         self._out.truncate(keep_bytes)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object; it is visible to readers at once, and durable after `sync`."""
-        self._out.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._out.flush()
+        rest = memoryview(as_line(record))
+        with storing(self._file):
+            while rest:
+                rest = rest[self._out.write(rest) :]
 
     def sync(self) -> int:
         """Make everything durable and return the offset of the end."""
-        os.fsync(self._out.fileno())
+        with storing(self._file):
+            os.fsync(self._out.fileno())
         return self._out.seek(0, os.SEEK_END)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.disks import files_of_at_most
 from tests.support.models import make_tiny_gpt2
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checkpoints import (
@@ -26,6 +27,7 @@ from trainer.run.checkpoints import (
     save_model,
 )
 from trainer.run.prompts import Cursor
+from trainer.run.runfolder import StorageError
 
 
 def state_at(step: int) -> RunState:
@@ -91,8 +93,24 @@ def test_an_interrupted_save_leaves_the_one_before_and_is_cleaned_up_by_the_next
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 
+@pytest.mark.parametrize("size", [2, 1000], ids=["weights", "learner"])
+def test_a_full_disk_is_told_and_leaves_the_one_before_and_the_room_that_was_taken(tmp_path: Path, size: int) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    before = save(store, 1)
+
+    with files_of_at_most(size), pytest.raises(StorageError, match=r"can't write .*step-000002"):
+        save(store, 2)
+
+    assert store.latest() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    save(store, 2)
+    assert store.oldest_step() == 1
+
+
 def test_there_is_no_latest_before_the_first(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path / "checkpoints", keep=1).latest() is None
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    assert store.latest() is None
+    assert store.oldest_step() == 0
 
 
 def test_every_random_generator_goes_on_where_it_was(tmp_path: Path) -> None:

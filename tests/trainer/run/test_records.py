@@ -63,6 +63,8 @@ def test_every_prompt_drawn_is_accounted_for_once_with_the_reason() -> None:
     assert [line.get("versions") for line in lines] == [[7], None, [7], [7], None, None]
     assert [line.get("code") for line in lines] == [None, None, "NO_COLUMN", None, None, None]
     assert [line.get("said") for line in lines] == [None, None, "stars is missing", "not English", None, None]
+    assert [line.get("sample_id") for line in lines] == ["sample 0", None, "sample 1", "sample 2", None, None]
+    assert [line.get("reward") for line in lines] == [1.0, *[None] * 5]
     assert {line["step"] for line in lines} == {4}
 
 

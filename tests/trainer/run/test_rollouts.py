@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +21,7 @@ from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, sco
 from trainer.clients.policy import BrokenServerError, PolicyClient
 from trainer.clients.rewards import RewardClient, Scored
 from trainer.clients.waits import CallWatch
+from trainer.run.journal import Journal
 from trainer.run.prompts import Prompt, Record
 from trainer.run.rollouts import Rollout, RolloutCollector, Sampling
 from trainer.versions import WeightsVersion
@@ -37,8 +40,13 @@ async def collector_of(
     policy: ScriptedPolicy,
     reward: ScriptedReward,
     watch: CallWatch | None = None,
+    journal: Path | None = None,
 ) -> AsyncIterator[RolloutCollector]:
-    async with serving(policy.add_to) as policy_address, serving(reward.add_to) as reward_address:
+    async with contextlib.AsyncExitStack() as stack:
+        policy_address = await stack.enter_async_context(serving(policy.add_to))
+        reward_address = await stack.enter_async_context(serving(reward.add_to))
+        file = journal or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "journal.jsonl"
+        kept = await stack.enter_async_context(contextlib.aclosing(Journal(file, reward_version="1")))
         policy_client = PolicyClient(policy_address, retry=FAST, watch=watch)
         rewards = RewardClient(reward_address, run_id="run", retry=FAST, watch=watch)
         try:
@@ -46,6 +54,7 @@ async def collector_of(
             yield RolloutCollector(
                 policy_client,
                 rewards,
+                kept,
                 run_id="run",
                 sampling=Sampling(temperature=0.7, max_new_tokens=8),
                 concurrency=4,
@@ -156,6 +165,20 @@ async def test_waiting_lines_name_the_request() -> None:
         await collect(collector, 1)
 
     assert seen == ["1-0", "1-0"]
+
+
+async def test_what_was_judged_before_a_restart_is_asked_of_nobody_and_the_rest_is(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    async with collector_of(ScriptedPolicy(completed), ScriptedReward(scored), journal=journal) as collector:
+        before = await collect(collector, 3)
+    reward = ScriptedReward(lambda request: scored(request, 2.0))
+
+    async with collector_of(ScriptedPolicy(completed), reward, journal=journal) as collector:
+        after = await collect(collector, 5)
+
+    assert [rollout.outcome for rollout in after] == [*(rollout.outcome for rollout in before), *[Scored(2.0)] * 2]
+    asked = [sample.prompt for call in reward.calls for sample in call.samples]
+    assert sorted(asked) == ["prompt 3", "prompt 4"]
 
 
 async def test_a_completion_without_tokens_is_judged_by_nobody() -> None:

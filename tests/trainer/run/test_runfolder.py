@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from trainer.run.runfolder import JsonLines, RunFolderError, RunIdentity, lock_run_folder, next_identity, store_identity
+from tests.support.disks import files_of_at_most
+from trainer.run.runfolder import (
+    JsonLines,
+    RunFolderError,
+    RunIdentity,
+    StorageError,
+    lock_run_folder,
+    next_identity,
+    store_identity,
+)
 
 
 def test_each_start_is_a_new_incarnation_of_the_same_run(tmp_path: Path) -> None:
@@ -66,3 +75,28 @@ def test_lines_after_the_checkpoint_are_cut_off_when_a_run_is_resumed(tmp_path: 
 def test_a_file_shorter_than_its_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="shorter than its checkpoint"):
         JsonLines(tmp_path / "metrics.jsonl", keep_bytes=10)
+
+
+def test_a_full_disk_is_told_with_the_file_and_costs_only_what_was_not_written(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl", keep_bytes=0)
+    lines.write({"step": 1})
+    offset = lines.sync()
+
+    with files_of_at_most(offset + 5):
+        with pytest.raises(StorageError, match=r"can't write .*metrics\.jsonl: File too large"):
+            lines.write({"step": 2})
+        lines.close()
+
+    resumed = JsonLines(tmp_path / "metrics.jsonl", keep_bytes=offset)
+    resumed.write({"step": "again"})
+    resumed.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": "again"}\n'
+
+
+def test_a_full_disk_leaves_the_identity_as_it_was(tmp_path: Path) -> None:
+    store_identity(tmp_path, RunIdentity("one", 1))
+
+    with files_of_at_most(5), pytest.raises(StorageError, match=r"run\.json"):
+        store_identity(tmp_path, RunIdentity("one", 2))
+
+    assert next_identity(tmp_path, run_id=None, resume=True) == RunIdentity("one", 2)

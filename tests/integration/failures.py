@@ -1,0 +1,87 @@
+"""What tests that break things need: a judge that writes everything down, and what must hold whatever broke."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tests.integration.training import World, assert_accounted_once, metric
+from tests.support.judge import Manner
+from tests.support.processes import ProcessUnderTest, wait_for
+
+
+class Judge:
+    """A reward server of the world's reward that remembers nothing, and what it has given to whom."""
+
+    def __init__(
+        self, world: World, name: str, manner: Manner = Manner.WELL, env: dict[str, str] | None = None
+    ) -> None:
+        self._world = world
+        self._env = env
+        self._log = world.folder / f"{name}.given"
+        self._gate = world.folder / f"{name}.allowed"
+        self.server = self._start(manner)
+
+    def restart(self, manner: Manner = Manner.WELL) -> None:
+        """Kill it and start it where it was."""
+        self.server.kill()
+        self.server = self._start(manner, listen=self.server.address)
+
+    def allow(self, samples: int) -> None:
+        """Answer so many of the samples that come from its start on; the others wait."""
+        temporary = self._gate.with_suffix(".tmp")
+        temporary.write_text(str(samples))
+        temporary.replace(self._gate)
+
+    def holds(self) -> None:
+        """Until a call waits for more to be allowed; by then every call before it is answered, as far as it knows."""
+        wait_for(self._gate.with_suffix(".held").exists, within=120, what="call that waits at the judge")
+
+    def given(self, run: str) -> list[tuple[str, float]]:
+        """Sample id and reward of each result that it has made for `run`, in their order."""
+        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [(sample_id, reward) for sample_id, reward in lines if sample_id.startswith(f"{run}/")]
+
+    def _start(self, manner: Manner, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
+        flags = ("--log", str(self._log), "--gate", str(self._gate), "--manner", manner.value)
+        server = self._world.start("tests.support.judge", *flags, listen=listen, env=self._env)
+        server.wait_bound()
+        return server
+
+
+def assert_nothing_lost(world: World, run: str, judge: Judge, *, asked_once: bool = True) -> None:
+    """Every prompt of a finished run is accounted once, with its reason, and every score is one that the judge gave.
+
+    asked_once: nobody judged a sample twice. Else the last answer is the one that counts.
+    """
+    assert_accounted_once(world, run)
+    given = judge.given(run)
+    last = dict(given)
+    for line in world.lines(run, "accounting.jsonl"):
+        assert line["outcome"] == "trained" or line["reason"]
+        if line["outcome"] == "trained":
+            assert line["reward"] == last[line["sample_id"]]
+    for step in world.lines(run, "metrics.jsonl", "step"):
+        rewards = [line["reward"] for line in world.lines(run, "accounting.jsonl") if line["step"] == step["step"]]
+        assert abs(step["ppo/mean_scores"] - torch.tensor(rewards).mean().item()) < 1e-6
+    if asked_once:
+        assert [sample_id for sample_id, times in Counter(given).items() if times > 1] == []
+
+
+def waits_for(trainer: ProcessUnderTest, on: str) -> None:
+    """Until the trainer says that it waits for the server."""
+    wait_for(lambda: metric(trainer, "rlhf_trainer_waiting", on=on) == 1, within=60, what=f"wait for the {on} server")
+
+
+def steps_made(world: World, run: str, steps: int) -> None:
+    """Until so many steps are recorded."""
+    wait_for(lambda: world.steps_done(run) >= steps, within=120, what=f"step {steps} of {run}")
+
+
+def journal_lines(world: World, run: str) -> int:
+    """Answers that are in the run's journal."""
+    file: Path = world.folder / run / "journal.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0

@@ -1,0 +1,45 @@
+"""Clocks that are set while a run goes on: deadlines, backoff and leases of calls follow time that only passes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.integration.failures import Judge, assert_nothing_lost, steps_made
+from tests.integration.training import World, assert_finished, assert_same_bits
+from tests.support.clocks import JumpingClock
+from tests.support.processes import ProcessUnderTest
+
+HOUR = 3600
+
+
+def seconds_between_lines(process: ProcessUnderTest) -> list[float]:
+    lines = [json.loads(line) for line in process.log_text().splitlines() if line.startswith("{")]
+    times = [datetime.fromisoformat(line["timestamp"]).timestamp() for line in lines]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+
+@pytest.mark.slow
+def test_clocks_that_jump_an_hour_either_way_change_nothing(world: World, uninterrupted: str, tmp_path: Path) -> None:
+    clock = JumpingClock(tmp_path)
+    judge = Judge(world, "clock", env=clock.env)
+    policy = world.policy_server(env=clock.env)
+    policy.wait_bound()
+    trainer = world.trainer(
+        "clock", reward=judge.server, policy_server=policy.address, env=clock.env, log_format="json"
+    )
+    steps_made(world, "clock", 1)
+    clock.jump(HOUR)
+    steps_made(world, "clock", 2)
+    clock.jump(-HOUR)
+
+    assert_finished(trainer)
+    assert_same_bits(world, "clock", uninterrupted)
+    assert_nothing_lost(world, "clock", judge)
+    jumps = seconds_between_lines(trainer)
+    assert max(jumps) > HOUR - 60, "the trainer saw no jump ahead"
+    assert min(jumps) < -HOUR, "the trainer saw no jump back"
