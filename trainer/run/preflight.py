@@ -15,6 +15,7 @@ import torch
 from rlhf.failures import RpcFailure
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
+from rlhf.security.config import CredentialsError
 from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo
 from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
 from trainer.clients.rewards import REWARD_SERVICE, RewardChangedError, RewardInfo
@@ -57,6 +58,7 @@ T = TypeVar("T")
 
 REFUSALS = (
     SettingsError,
+    CredentialsError,
     RunFolderError,
     PromptDataError,
     CheckpointError,

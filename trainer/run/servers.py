@@ -33,6 +33,7 @@ class Servers:
             watch=watch("policy"),
             metadata=metadata,
             shared_folder=settings.weights_folder,
+            security=settings.policy_security(),
         )
         self.policy = PolicyClient(
             settings.policy_server,
@@ -40,9 +41,14 @@ class Servers:
             recover=self.publisher.ensure,
             watch=watch("policy"),
             metadata=metadata,
+            security=settings.policy_security(),
         )
         self.rewards = RewardClient(
-            settings.reward_server, run_id=run_id, timeout=settings.reward_timeout, watch=watch("reward")
+            settings.reward_server,
+            run_id=run_id,
+            timeout=settings.reward_timeout,
+            watch=watch("reward"),
+            security=settings.reward_security(),
         )
 
     def hold_to(self, needs: Needs, pins: Pins) -> None:
