@@ -44,6 +44,7 @@ STUBS: dict[str, Any] = {
     WEIGHTS: weights_pb2_grpc.WeightsServiceStub,
     REWARD: reward_pb2_grpc.RewardServiceStub,
 }
+LENGTH = ("--reward", "length", "--reward-options", "{target: 4}")
 INFO = f"{REWARD}/GetRewardInfo"
 
 
@@ -60,7 +61,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, start: StartProcess) -> Gu
 
 @pytest.fixture(scope="module")
 def reward(guarded: Guarded) -> ProcessUnderTest:
-    server = guarded.server("reward_server", "--reward", "length")
+    server = guarded.server("reward_server", *LENGTH)
     server.wait_serving("rlhf.reward.v1.RewardService")
     return server
 
@@ -150,7 +151,7 @@ def test_a_client_does_not_talk_to_a_server_of_another_authority_or_with_an_expi
     own: Guarded, tmp_path: Path
 ) -> None:
     own.authority.issue("127.0.0.1", into=own.cert.parent, not_after=datetime.now(UTC) - timedelta(days=1))
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     assert code_over(own, server) == "UNAVAILABLE"
     own.authority.issue("127.0.0.1", into=own.cert.parent)
@@ -179,7 +180,7 @@ def test_certificates_and_the_authority_are_rotated_without_a_restart(own: Guard
     data = tmp_path / "..data"
     swap_link(data, old)
     own.cert, own.key, own.clients.bundle = data / "cert.pem", data / "key.pem", data / "client-ca.pem"
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     before = own.client_cert, own.client_key
     after = clients.issue("client.example")
@@ -197,7 +198,7 @@ def test_certificates_and_the_authority_are_rotated_without_a_restart(own: Guard
 
 
 def test_a_certificate_without_its_key_changes_nothing_until_the_key_comes(own: Guarded, tmp_path: Path) -> None:
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     next_authority = Authority(tmp_path / "next")
     cert, key = next_authority.issue("127.0.0.1")
@@ -216,7 +217,7 @@ def test_a_certificate_without_its_key_changes_nothing_until_the_key_comes(own: 
 def test_tokens_are_rotated_without_a_restart_and_a_broken_file_keeps_the_old_ones(
     own: Guarded, tmp_path: Path
 ) -> None:
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     with own.channel(server) as channel:
         token_file = tmp_path / "judge.token"
@@ -244,7 +245,7 @@ def test_a_token_that_is_bound_to_a_certificate_is_worth_nothing_without_it(own:
         own.folder, "bound:", "  roles: [scorer]", "  token_file: bound.token", "  certificates: [bound.example]"
     )
     (own.folder / "bound.token").write_text("the-bound-token-0123456789")
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     assert code_over(own, server, "the-bound-token-0123456789") == "UNAUTHENTICATED"
     assert code_over(own, server, "the-bound-token-0123456789", pair=own.clients.issue("bound.example")) == "OK"
@@ -252,7 +253,7 @@ def test_a_token_that_is_bound_to_a_certificate_is_worth_nothing_without_it(own:
 
 def test_a_certificate_alone_can_be_an_identity(own: Guarded) -> None:
     access_file(own.folder, 'judge: {roles: [scorer], certificates: ["spiffe://example.org/judge"]}')
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     spiffe = own.clients.issue("spiffe://example.org/judge")
     assert code_over(own, server, None, pair=spiffe) == "OK"
@@ -273,7 +274,7 @@ def test_no_token_is_in_logs_or_metrics(guarded: Guarded, policy: ProcessUnderTe
 
 
 def test_denied_calls_are_counted_by_reason(own: Guarded) -> None:
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving()
     for token in (None, "wrong", token_of("app")):
         code_over(own, server, token)
@@ -295,13 +296,13 @@ def test_denied_calls_are_counted_by_reason(own: Guarded) -> None:
 def test_a_server_that_is_not_secured_as_it_says_does_not_start(
     start: StartProcess, flags: list[str], why: str
 ) -> None:
-    server = start("reward_server", "--reward", "length", *flags, listen=None)
+    server = start("reward_server", *LENGTH, *flags, listen=None)
     assert server.wait_exit() == EX_CONFIG
     assert why in server.log_text()
 
 
 def test_a_public_address_is_served_insecurely_only_where_that_is_said(start: StartProcess) -> None:
-    server = start("reward_server", "--reward", "length", "--insecure", listen="0.0.0.0:0")
+    server = start("reward_server", *LENGTH, "--insecure", listen="0.0.0.0:0")
     server.wait_serving()
 
 
@@ -314,7 +315,7 @@ def test_beyond_its_quota_an_identity_is_sent_away_and_others_are_served(own: Gu
         "  quota: {per_second: 0.01, burst: 3}",
     )
     (own.folder / "hungry.token").write_text("the-hungry-token-0123456789")
-    server = own.server("reward_server", "--reward", "length")
+    server = own.server("reward_server", *LENGTH)
     server.wait_serving("rlhf.reward.v1.RewardService")
     sample = reward_pb2.Sample(sample_id="a", group_id="a", group_size=1, completion="four", prompt="p")
     request = reward_pb2.ScoreRequest(run_id="run", samples=[sample])

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 
 class Authority:
@@ -28,11 +37,38 @@ class Authority:
         """(certificate, key) for these subject alternative names, as cert.pem and key.pem in the folder `into`."""
         folder = into or self.folder / names[0].replace("/", "_").replace(":", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        leaf = self._ca.issue_cert(*names, not_after=not_after)
         cert, key = folder / "cert.pem", folder / "key.pem"
+        if "://" in names[0]:
+            replace(cert, self._of_uri(names[0], key))
+            return cert, key
+        leaf = self._ca.issue_cert(*names, not_after=not_after)
         replace(cert, b"".join(pem.bytes() for pem in leaf.cert_chain_pems))
         replace(key, leaf.private_key_pem.bytes())
         return cert, key
+
+    def _of_uri(self, uri: str, key_file: Path) -> bytes:
+        """A certificate for a URI, as SPIFFE has them; trustme knows only hosts and mail addresses."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        replace(
+            key_file,
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        )
+        issuer = x509.load_pem_x509_certificate(self.pem)
+        issuer_key = load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
+        now = datetime.now(UTC)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(issuer.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)]), critical=True)
+            .sign(issuer_key, hashes.SHA256())
+        )
+        return made.public_bytes(Encoding.PEM)
 
 
 def replace(file: Path, content: bytes) -> None:
