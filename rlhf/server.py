@@ -95,6 +95,8 @@ class Server:
                 ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_SECONDS * 1000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
+                # Else a stream's window grows to 16 MiB, which is taken in whether or not anybody reads the stream.
+                ("grpc.http2.bdp_probe", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_SECONDS * 1000),
             ],
         )
