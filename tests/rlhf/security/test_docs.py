@@ -34,7 +34,7 @@ def test_every_setting_is_on_the_page_with_its_default() -> None:
 
 
 def test_every_setting_of_the_trainer_is_on_the_page() -> None:
-    own = {name for name in AccessSettings.__annotations__}
+    own = set(AccessSettings.__annotations__)
     assert {name for name in own if f"`--{name.replace('_', '-')}`" in PAGE} == own
 
 
