@@ -21,11 +21,12 @@ def main(argv: list[str] | None = None) -> None:
     # torch takes seconds to import: only now, so that --help and mistakes in the settings are answered at once
     with brought_by("policy"):
         from policy_server.assembly import ModelError, serve
+    from rlhf.security.config import CredentialsError
     from rlhf.server import BindError
 
     try:
         asyncio.run(serve(settings))
-    except ModelError as error:
+    except (ModelError, CredentialsError) as error:
         _give_up(error, EX_CONFIG)
     except BindError as error:
         _give_up(error, 1)

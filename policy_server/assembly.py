@@ -43,7 +43,7 @@ class ModelError(Exception):
 
 
 async def serve(settings: PolicySettings) -> None:
-    """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError."""
+    """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError, CredentialsError."""
     _require_free(settings.listen)
     keep_freed_memory(_KEPT_BYTES, of_any_size=False)
     server = Server(
@@ -55,6 +55,7 @@ async def serve(settings: PolicySettings) -> None:
         drain_seconds=settings.drain_seconds,
         grace_seconds=settings.grace_seconds,
         endpoint_file=settings.endpoint_file,
+        security=settings.security(),
     )
     engine = await add_services(server, settings)
     try:

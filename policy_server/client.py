@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 from google.protobuf import json_format
@@ -13,17 +14,21 @@ from google.protobuf import json_format
 from rlhf.channel import open_channel
 from rlhf.failures import RpcFailure, from_rpc_error
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+from rlhf.security.config import ClientSecurity, ClientTls, CredentialsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 a refused or failed call, 2 a wrong argument, 130 Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.tls_cert is None) != (arguments.tls_key is None):
+        parser.error("--tls-cert and --tls-key go together")
     try:
         asyncio.run(arguments.run(arguments))
     except grpc.RpcError as error:
         print(f"error: {_one_line(from_rpc_error(error))}", file=sys.stderr)
         return 1
-    except ValueError as error:  # a number that the field of the message cannot hold
+    except (ValueError, CredentialsError) as error:  # a number that the field of the message cannot hold, a file
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -39,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--target", default="127.0.0.1:50051", help="host:port of the policy server (%(default)s)")
     common.add_argument("--model", default="", help='model name; default: the policy; "reference" is served too')
     common.add_argument("--timeout", type=float, default=600.0, help="deadline in seconds (%(default)s)")
+    common.add_argument("--tls", action="store_true", help="use TLS; the next four flags imply it")
+    common.add_argument("--tls-ca", type=Path, help="authorities to trust (PEM; default: the public ones)")
+    common.add_argument("--tls-cert", type=Path, help="own certificate (PEM), with --tls-key")
+    common.add_argument("--tls-key", type=Path, help="its key (PEM)")
+    common.add_argument("--tls-name", default="", help="name in the server's certificate")
+    common.add_argument("--token-file", type=Path, help="file with the token to send")
 
     generate = commands.add_parser("generate", parents=[common], help="complete a prompt, streamed to the terminal")
     generate.add_argument("prompt", help="text to complete, or with --chat what the user says")
@@ -57,9 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _channel(arguments: argparse.Namespace) -> grpc.aio.Channel:
+    files = (arguments.tls_ca, arguments.tls_cert, arguments.tls_key, arguments.tls_name)
+    tls = ClientTls(*files) if arguments.tls or any(files) else None
+    return open_channel(arguments.target, security=ClientSecurity(tls, arguments.token_file))
+
+
 async def _generate(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
-    async with open_channel(arguments.target) as channel:
+    async with _channel(arguments) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
         if (arguments.n or 1) > 1:
             answer = await stub.Generate(request, timeout=arguments.timeout)
@@ -74,7 +91,7 @@ async def _generate(arguments: argparse.Namespace) -> None:
 
 
 async def _model(arguments: argparse.Namespace) -> None:
-    async with open_channel(arguments.target) as channel:
+    async with _channel(arguments) as channel:
         stub = policy_pb2_grpc.PolicyServiceStub(channel)  # type: ignore[no-untyped-call]
         answer = await stub.GetModel(policy_pb2.GetModelRequest(model=arguments.model), timeout=arguments.timeout)
     print(

@@ -17,6 +17,8 @@ from policy_server.prompts import PromptEncoder, read_prompt
 from policy_server.readiness import Readiness
 from rlhf.failures import RpcFailure, internal, not_found
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+from rlhf.security.caller import current_caller, spending
+from rlhf.security.roles import is_training
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -125,7 +127,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         self._readiness.require()
         limits = self._limits(request.model)
         wanted = validation.scoring_request(request, limits, request_id=self._next_id())
-        scores = await self._engine.log_probs(wanted)
+        tokens = sum(len(prompt) + len(completion) for prompt, completion in wanted.sequences)
+        with spending(tokens) as spent:
+            scores = await self._engine.log_probs(wanted)
+            spent.used = tokens
         entropies: Iterable[list[float]] = scores.entropies if wanted.entropies else itertools.repeat([])
         return policy_pb2.LogProbsResponse(
             sequences=[
@@ -182,16 +187,23 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         violations.raise_if_any()
         ids = await self._prompts.encode(source, path=f"{path}prompt", max_tokens=limits.max_context_tokens)
         validation.check_room(ids, wanted.completion_prefix, limits, path=f"{path}prompt")
+        caller = current_caller()
+        if caller is not None and is_training(caller.roles):  # people who wait go first, whatever a run says of itself
+            wanted = replace(wanted, priority=protocol.Priority.BULK)
         return replace(wanted, prompt_token_ids=ids)
 
     async def _deltas(self, wanted: protocol.GenerationRequest) -> AsyncGenerator[protocol.TokenDelta, None]:
         """The engine's deltas of every completion to its end; closing this early frees the engine's rows."""
         unfinished = set(range(wanted.sampling.n))
-        async with aclosing(self._engine.submit(wanted)) as deltas:
-            async for delta in deltas:
-                if delta.finish_reason is not None:
-                    unfinished.discard(delta.index)
-                yield delta
+        context_tokens = self._describe(wanted.model).max_context_tokens
+        most = wanted.sampling.n * min(wanted.sampling.max_new_tokens, context_tokens)
+        with spending(most) as spent:
+            async with aclosing(self._engine.submit(wanted)) as deltas:
+                async for delta in deltas:
+                    spent.used += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        unfinished.discard(delta.index)
+                    yield delta
         if unfinished:
             raise internal(f"the engine left {len(unfinished)} of {wanted.sampling.n} completions unfinished")
 

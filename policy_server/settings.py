@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from rlhf.config import ServerSettings
+from rlhf.security.settings import SecuredServerSettings
 
 
-class PolicySettings(ServerSettings):
+class PolicySettings(SecuredServerSettings):
     """Serves a causal language model: generation, log-probabilities, and new weights while it runs."""
 
     model_config = SettingsConfigDict(env_prefix="RLHF_POLICY_")

@@ -16,6 +16,7 @@ from reward_server.settings import RewardSettings
 from rlhf.config import EX_CONFIG, load_settings
 from rlhf.logs import configure_logging, get_logger
 from rlhf.reward.v1 import reward_pb2_grpc
+from rlhf.security.config import CredentialsError
 from rlhf.server import BindError, Server
 
 _log = get_logger(__name__)
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reward = make_reward(settings.reward, settings.reward_options, settings.limits())
         asyncio.run(_serve(reward, settings))
-    except RewardLoadError as error:
+    except (RewardLoadError, CredentialsError) as error:
         print(f"reward_server: {error}", file=sys.stderr)
         return EX_CONFIG
     except BindError as error:
@@ -54,6 +55,7 @@ async def _serve(reward: RewardKind, settings: RewardSettings) -> None:
         drain_seconds=settings.drain_seconds,
         grace_seconds=settings.grace_seconds,
         endpoint_file=settings.endpoint_file,
+        security=settings.security(),
     )
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
     server.register(SERVICE_NAME, serving=False)

@@ -15,6 +15,7 @@ from reward_server.validation import check_score_request
 from reward_server.wire import decode, encode
 from rlhf import failures
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.security.caller import spending
 
 SERVICE_NAME = "rlhf.reward.v1.RewardService"
 
@@ -54,7 +55,9 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
             for each, outcome in zip(decoded, outcomes, strict=True)
             if outcome is None and isinstance(each, Sample)
         ]
-        judged = iter(await scheduler.score(samples, _answer_by(context)))
+        with spending(len(samples)) as spent:
+            judged = iter(await scheduler.score(samples, _answer_by(context)))
+            spent.used = len(samples)
         response = reward_pb2.ScoreResponse()
         for sample, outcome in zip(request.samples, outcomes, strict=True):
             result = response.results.add()

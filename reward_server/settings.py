@@ -8,10 +8,10 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from reward_server.kinds import Limits
-from rlhf.config import ServerSettings
+from rlhf.security.settings import SecuredServerSettings
 
 
-class RewardSettings(ServerSettings):
+class RewardSettings(SecuredServerSettings):
     """One reward, and how it is called."""
 
     model_config = SettingsConfigDict(env_prefix="RLHF_REWARD_", extra="forbid")

@@ -18,8 +18,11 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from rlhf.addresses import is_loopback
 from rlhf.failures import RpcFailure, from_rpc_error, is_transient
 from rlhf.logs import get_logger
+from rlhf.security.client import SecuredChannel
+from rlhf.security.config import ClientSecurity
 
 T = TypeVar("T")
 
@@ -34,7 +37,6 @@ _KEEPALIVE_TIMEOUT_SECONDS = 20
 
 _CHECK_SECONDS = 5.0
 _LOG_EVERY_SECONDS = 5.0
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 _log = get_logger(__name__)
 # Of its own, so that jitter never moves the random numbers of a run.
@@ -84,12 +86,16 @@ OnWait = Callable[[Waiting], None]
 
 
 def open_channel(
-    target: str, *, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, keepalive: Keepalive = OWN_SERVERS
+    target: str,
+    *,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    keepalive: Keepalive = OWN_SERVERS,
+    security: ClientSecurity | None = None,
 ) -> grpc.aio.Channel:
-    """A channel without TLS to "host:port" or any other name that gRPC resolves; nothing is connected yet.
+    """A channel to "host:port" or any other name that gRPC resolves; nothing is connected yet.
 
     max_message_bytes: largest message either way; the server's own limit applies too. keepalive: ANY_SERVERS
-    for servers that others may have written.
+    for servers that others may have written. security: None = neither TLS nor a token. Raises CredentialsError.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.max_send_message_length", max_message_bytes),
@@ -103,10 +109,20 @@ def open_channel(
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
-    if target.startswith(_LOOPBACK):
+    if is_loopback(target):
         # A proxy from the environment can't reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
-    return grpc.aio.insecure_channel(target, options=options)
+    if security is None or security == ClientSecurity():
+        return grpc.aio.insecure_channel(target, options=options)
+    if security.tls is not None and security.tls.server_name:
+        options.append(("grpc.ssl_target_name_override", security.tls.server_name))
+
+    def connect(credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
+
+    return SecuredChannel(target, security, connect)
 
 
 def call_metadata(

@@ -133,6 +133,11 @@ def data_loss(message: str) -> RpcFailure:
     return RpcFailure(grpc.StatusCode.DATA_LOSS, message, reason="DATA_LOSS")
 
 
+def unauthenticated(message: str) -> RpcFailure:
+    """Nobody knows who calls; the message holds nothing that was sent."""
+    return RpcFailure(grpc.StatusCode.UNAUTHENTICATED, message, reason="UNAUTHENTICATED")
+
+
 def permission_denied(message: str) -> RpcFailure:
     """The caller may not do this."""
     return RpcFailure(grpc.StatusCode.PERMISSION_DENIED, message, reason="PERMISSION_DENIED")

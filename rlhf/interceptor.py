@@ -1,4 +1,4 @@
-"""What surrounds every call on a server: metrics, then the context of log lines, then failures as status codes."""
+"""What surrounds every call on a server: metrics, the context of log lines, failures as status codes, who may call."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from rlhf.channel import REQUEST_ID_KEY, RUN_ID_KEY, STEP_KEY
 from rlhf.failures import RpcFailure, internal, to_status
 from rlhf.logs import bound_context, get_logger
 from rlhf.metrics import CallMetrics, GrpcServerMetrics, MethodName
+from rlhf.security.access import Access
+from rlhf.security.caller import called_by
+from rlhf.security.receiving import Receiving
 
 _log = get_logger(__name__)
 
@@ -31,11 +34,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     A handler raises RpcFailure to end its call; any other exception becomes INTERNAL, naming only its type, and is
     logged. When the caller goes away a handler sees CancelledError, or GeneratorExit where it yields. Methods that a
-    servicer leaves unimplemented, and requests that can't be decoded, are answered by gRPC itself and not counted.
+    servicer leaves unimplemented are answered by gRPC itself and not counted.
     """
 
-    def __init__(self, metrics: GrpcServerMetrics) -> None:
+    def __init__(self, metrics: GrpcServerMetrics, receiving: Receiving, access: Access | None) -> None:
+        """`access`: None = everybody may call everything."""
         self._metrics = metrics
+        self._receiving = receiving
+        self._access = access
 
     async def intercept_service(
         self,
@@ -48,17 +54,23 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         behaviour = _behaviour(handler)
         if not (inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)):
+            if self._access is not None:
+                raise TypeError(f"{handler_call_details.method} is not asynchronous: nothing would ask who calls it")
             return handler
         name = _method_name(handler_call_details.method, handler)
-        metadata = _text_metadata(handler_call_details.invocation_metadata or ())
+        sent = tuple(handler_call_details.invocation_metadata or ())
+        metadata = _text_metadata(sent)
 
-        async def surrounded(request: Any, context: _Context) -> Any:
+        async def surrounded(requests: Any, context: _Context) -> Any:
             with self._metrics.call(name) as call, _log_context(metadata):
-                async with _failures_as_status(context, call, name):
-                    if handler.request_streaming:
-                        request = _CountedRequests(request, call)
-                    else:
-                        call.received()
+                async with _failures_as_status(context, call, name), contextlib.AsyncExitStack() as stack:
+                    caller = None
+                    if self._access is not None:
+                        caller = self._access.admit(handler_call_details.method, sent, context)
+                    stack.enter_context(called_by(caller))
+                    request: Any = _CountedRequests(requests, call)
+                    if not handler.request_streaming:
+                        request = await self._receiving.only(request, caller.name if caller else context.peer())
                     if not inspect.isasyncgenfunction(behaviour):
                         response = await behaviour(request, context)
                         if not handler.response_streaming:
@@ -141,7 +153,8 @@ def _behaviour(handler: _Handler) -> _Behaviour:
 
 
 def _with_behaviour(handler: _Handler, behaviour: _Behaviour) -> _Handler:
-    make = getattr(grpc, f"{_shape(handler)}_rpc_method_handler")
+    """`behaviour` takes a stream of requests, whatever the method does: see rlhf/security/receiving.py."""
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
     wrapped: _Handler = make(
         behaviour, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
     )

@@ -12,13 +12,25 @@ from typing import Literal
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 DEFAULT_METRICS_HOST = "127.0.0.1"
 
 # From a health check to the transfer of a large model.
 _BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
+
+CREDENTIALS_RELOADS = Counter(
+    "rlhf_credentials_reloads_total",
+    "Changed certificate, token and access files that were taken (ok) or could not be used (failed).",
+    ("what", "outcome"),
+)
+CREDENTIALS_BROKEN = Gauge(
+    "rlhf_credentials_broken", "1 while a changed file can't be used and the old one is still in force.", ("what",)
+)
+CALLS_DENIED = Counter("rlhf_calls_denied_total", "Calls that were refused before they began, by reason.", ("reason",))
+QUOTA_SPENT = Counter("rlhf_quota_spent_total", "Units of its quota that an identity has used.", ("identity",))
+QUOTA_REFUSED = Counter("rlhf_quota_refused_total", "Calls beyond the quota of an identity.", ("identity",))
 
 
 @dataclass(frozen=True)

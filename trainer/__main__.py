@@ -18,6 +18,7 @@ from rlhf.extras import brought_by
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
 from rlhf.metrics import serve_metrics
+from rlhf.security.config import CredentialsError
 from trainer.settings import TrainerSettings
 
 _log = get_logger(__name__)
@@ -40,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from trainer.run.waiting import WaitBoard
 
     if settings.check:
-        report, code = asyncio.run(check(settings))
+        try:
+            report, code = asyncio.run(check(settings))
+        except CredentialsError as error:
+            _log.error(str(error))
+            return EX_CONFIG
         print(report)
         return code
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from rlhf.config import ProcessSettings
+from rlhf.security.config import ClientSecurity, ClientTls, CredentialsError
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.kl import KlPenalty
 
@@ -60,7 +61,47 @@ def _unit(name: str) -> dict[str, Any]:
     return {"unit": name}
 
 
-class TrainerSettings(PPOConfig, ProcessSettings):
+class AccessSettings(ProcessSettings):
+    """TLS and tokens toward the servers; every file is read again when it changes"""
+
+    policy_tls: bool = Field(False, description="Reach the policy server over TLS")
+    reward_tls: bool = Field(False, description="Reach the reward server over TLS")
+    tls_ca: Path | None = Field(
+        None, description="Authorities that servers' certificates may be of (PEM); unset: the public ones"
+    )
+    tls_cert: Path | None = Field(None, description="Certificate of this process for servers that ask for one (PEM)")
+    tls_key: Path | None = Field(None, description="Its key (PEM, not encrypted)")
+    policy_tls_name: str = Field(
+        "", description="Name in the policy servers' certificates; unset: the address's, the name of dns:///"
+    )
+    reward_tls_name: str = Field("", description="Name in the reward server's certificate; unset: that of its address")
+    policy_token_file: Path | None = Field(None, description="File with the token for the policy server")
+    reward_token_file: Path | None = Field(None, description="File with the token for the reward server")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if (self.tls_ca is not None or self.tls_cert is not None) and not (self.policy_tls or self.reward_tls):
+            raise ValueError("tls_ca and tls_cert are of no use without policy_tls or reward_tls")
+        for server, name in (("policy", self.policy_tls_name), ("reward", self.reward_tls_name)):
+            if name and not getattr(self, f"{server}_tls"):
+                raise ValueError(f"{server}_tls_name is of no use without {server}_tls")
+        return self
+
+    def policy_security(self) -> ClientSecurity:
+        """How the policy server is reached."""
+        return ClientSecurity(self._tls(self.policy_tls_name) if self.policy_tls else None, self.policy_token_file)
+
+    def reward_security(self) -> ClientSecurity:
+        """How the reward server is reached."""
+        return ClientSecurity(self._tls(self.reward_tls_name) if self.reward_tls else None, self.reward_token_file)
+
+    def _tls(self, server_name: str) -> ClientTls:
+        return ClientTls(self.tls_ca, self.tls_cert, self.tls_key, server_name)
+
+
+class TrainerSettings(PPOConfig, AccessSettings):
     """One run. Temperature alone shapes sampling here: whatever else does would not be in the log-probabilities."""
 
     model_config = SettingsConfigDict(env_prefix="RLHF_TRAINER_", extra="forbid")
@@ -252,6 +293,14 @@ class TrainerSettings(PPOConfig, ProcessSettings):
                 f"oversample={self.oversample} can't be reproducible: which completions are scored first is a matter "
                 "of time; set oversample=0 or leave reproducible out"
             )
+        for security, target in (
+            *((self.policy_security(), server) for server in self.policy_server),
+            (self.reward_security(), self.reward_server),
+        ):
+            try:
+                security.require_fit(target)
+            except CredentialsError as error:
+                raise ValueError(str(error)) from error
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError(
                 "WORLD_SIZE is above 1: this version's loop trains in one process; start it without torchrun"

@@ -47,7 +47,7 @@ def load_models(
     return LoadedModels(
         policy=policy,
         reference=copy.deepcopy(policy) if reference is None else (other := _load(reference, dtype, place)),
-        tokenizer=AutoTokenizer.from_pretrained(model),
+        tokenizer=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
         policy_digest=digest,
         reference_digest=digest if reference is None else weights_digest(other.named_parameters(), dtype),
     )
@@ -62,7 +62,7 @@ def make_deterministic() -> None:
 
 
 def _load(source: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    module: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     module.train(False)
     torch.nn.Module.to(module, device)
     rehouse(module)

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import grpc
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from reward_server.kinds import Description, Limits, RewardKind, RewardLoadError, Sample, Scope
 from reward_server.kinds.peer import Peer, PeerOptions
@@ -27,6 +28,7 @@ from rlhf.channel import (
 from rlhf.failures import RpcFailure, from_rpc_error, internal, is_transient
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.reward_answers import DEFAULT_REQUEST_BYTES, results_by_id
+from rlhf.security.config import ClientSecurity, ClientTls, CredentialsError
 
 _INFO_SECONDS = 10.0
 # Tag and length, at most.
@@ -49,6 +51,27 @@ class RemoteOptions(PeerOptions):
     start_timeout: float = Field(
         default=600.0, gt=0, description="How long the start waits for it, loading included [seconds]"
     )
+    tls: bool = Field(default=False, description="Reach it over TLS; every file below is read again when it changes")
+    tls_ca: Path | None = Field(
+        default=None, description="Authorities that its certificate may be of (PEM); unset = the public ones"
+    )
+    tls_cert: Path | None = Field(default=None, description="Certificate of this process, if it asks for one (PEM)")
+    tls_key: Path | None = Field(default=None, description="Its key (PEM, not encrypted)")
+    tls_name: str = Field(default="", description="Name in its certificate; empty = that of the target")
+    token_file: Path | None = Field(default=None, description="File with the token that it wants")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        if not self.tls and (self.tls_ca is not None or self.tls_cert is not None or self.tls_name):
+            raise ValueError("tls_ca, tls_cert and tls_name are of no use without tls: true")
+        return self
+
+    def security(self) -> ClientSecurity:
+        """How it is reached."""
+        tls = ClientTls(self.tls_ca, self.tls_cert, self.tls_key, self.tls_name) if self.tls else None
+        return ClientSecurity(tls, self.token_file)
 
 
 class RemoteReward(RewardKind):
@@ -68,7 +91,10 @@ class RemoteReward(RewardKind):
 
     async def start(self) -> None:
         """Wait for the other server and take over what it says of itself."""
-        self._channel = open_channel(self._options.target, keepalive=ANY_SERVERS)
+        try:
+            self._channel = open_channel(self._options.target, keepalive=ANY_SERVERS, security=self._options.security())
+        except CredentialsError as error:
+            raise RewardLoadError(f"{self._name}: {error}") from error
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(self._options.start_timeout):

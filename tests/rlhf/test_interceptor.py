@@ -142,7 +142,7 @@ async def test_a_request_that_cannot_be_decoded_disturbs_nothing(serve: Serve) -
     async with serve() as served:
         error = await failure_of(served.channel.unary_unary("/test.Scripted/UnaryUnary")(b"no JSON"))
 
-        assert error.code() is grpc.StatusCode.UNKNOWN  # grpc.aio's answer; other servers say INTERNAL
+        assert error.code() is grpc.StatusCode.INTERNAL
         assert await served.stub.unary_unary({"still": "here"}) == {"still": "here"}
 
 

@@ -147,6 +147,7 @@ async def test_the_endpoint_file_is_there_while_the_server_is(serve: Serve, tmp_
             "pid": os.getpid(),
             "address": served.server.address,
             "metrics_url": served.server.metrics_url,
+            "health_address": None,
         }
         assert [each.name for each in file.parent.iterdir()] == ["endpoint.json"]
 

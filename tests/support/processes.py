@@ -67,6 +67,11 @@ class ProcessUnderTest:
         """Its Prometheus endpoint."""
         return self._endpoint()["metrics_url"]
 
+    @property
+    def health_address(self) -> str:
+        """Where its health is answered in plaintext."""
+        return self._endpoint()["health_address"] or self.address
+
     def log_text(self) -> str:
         """All it has written so far, to stdout and stderr."""
         return self._log_file.read_text(errors="replace")
@@ -83,7 +88,7 @@ class ProcessUnderTest:
         """Until its health says that `service` is SERVING."""
         self.wait_bound(within)
         wait_for(
-            lambda: self._alive() and health_of(self.address, service) == "SERVING",
+            lambda: self._alive() and health_of(self.health_address, service) == "SERVING",
             within=within,
             what=f"SERVING {service!r} of {self}",
         )

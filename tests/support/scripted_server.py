@@ -13,9 +13,10 @@ from typing import Any
 import grpc
 from pydantic_settings import SettingsConfigDict
 
-from rlhf.config import ServerSettings, load_settings
+from rlhf.config import load_settings
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
+from rlhf.security.settings import SecuredServerSettings
 from rlhf.server import Server
 
 SERVICE = "test.Scripted"
@@ -96,7 +97,7 @@ class Stub:
         self.stream_stream = channel.stream_stream(f"/{SERVICE}/StreamStream", **codec)
 
 
-class ScriptedSettings(ServerSettings):
+class ScriptedSettings(SecuredServerSettings):
     """What a process of it can be told."""
 
     model_config = SettingsConfigDict(env_prefix="RLHF_SCRIPTED_")
@@ -112,6 +113,7 @@ async def _serve(settings: ScriptedSettings) -> None:
         drain_seconds=settings.drain_seconds,
         grace_seconds=settings.grace_seconds,
         endpoint_file=settings.endpoint_file,
+        security=settings.security(),
     )
     ScriptedServicer({"failure": lambda: RpcFailure(grpc.StatusCode.ABORTED, "as scripted")}).add_to(server.grpc)
     server.register(SERVICE, serving=True)

@@ -29,6 +29,7 @@ class Discovery:
         """`servers`: what --policy-server takes, "host:port", "unix:path", or "dns:///host:port" for every address."""
         self._servers = servers
         self._resolve = resolve
+        self._hosts: dict[str, str] = {}
 
     @property
     def changes(self) -> bool:
@@ -49,10 +50,16 @@ class Discovery:
                 found.append(server)
                 continue
             try:
-                found += await self._resolve(name["host"], int(name["port"]))
+                addresses = await self._resolve(name["host"], int(name["port"]))
             except OSError as error:
                 raise OSError(f"{server}: {error.strerror or error}") from error
+            self._hosts |= dict.fromkeys(addresses, name["host"])
+            found += addresses
         return list(dict.fromkeys(found))
+
+    def host_of(self, target: str) -> str | None:
+        """The name behind which `target` was found, which its certificate is for; None where it was given as it is."""
+        return self._hosts.get(target)
 
     def __str__(self) -> str:
         return ", ".join(self._servers)

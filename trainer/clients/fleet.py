@@ -22,6 +22,7 @@ from torch import Tensor
 from rlhf.channel import OnWait, RetryPolicy, Waiting
 from rlhf.failures import RpcFailure, is_transient, unavailable
 from rlhf.logs import get_logger
+from rlhf.security.config import ClientSecurity
 from trainer.clients.discovery import Discovery
 from trainer.clients.placing import Place, best_for, why_nobody_answers
 from trainer.clients.policy import OTHER_WEIGHTS, Generation, ModelInfo, PolicyClient
@@ -69,6 +70,7 @@ class PolicyFleet:
         retry: RetryPolicy | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         shared_folder: Path | None = None,
+        security: ClientSecurity | None = None,
     ) -> None:
         """`check` raises for a server that is not one of this run; it runs before weights go to a new process.
 
@@ -87,6 +89,7 @@ class PolicyFleet:
         self._retry = retry or RetryPolicy()
         self._metadata = metadata
         self._shared_folder = shared_folder
+        self._security = security or ClientSecurity()
         self._replicas: dict[str, Replica] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._places: list[Place] = []
@@ -400,7 +403,15 @@ class PolicyFleet:
     def _replica(self, target: str) -> Replica:
         # The fleet repeats what fails, elsewhere if it can.
         once = replace(self._retry, attempts=1)
-        client = PolicyClient(target, timeout=self._timeout, retry=once, watch=_Silent(), metadata=self._metadata)
+        security = self._security.for_host(self._discovery.host_of(target))
+        client = PolicyClient(
+            target,
+            timeout=self._timeout,
+            retry=once,
+            watch=_Silent(),
+            metadata=self._metadata,
+            security=security,
+        )
         publisher = WeightPublisher(
             target,
             timeout=self._publish_timeout,
@@ -409,6 +420,7 @@ class PolicyFleet:
             watch=_Silent(),
             metadata=self._metadata,
             shared_folder=self._shared_folder,
+            security=security,
         )
         replica = Replica(target, client, publisher)
         replica.wanted.set()

@@ -24,6 +24,7 @@ from rlhf.channel import (
 )
 from rlhf.failures import from_rpc_error
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
+from rlhf.security.config import ClientSecurity
 from trainer.clients.waits import CallWatch, watched
 from trainer.versions import WeightsVersion
 
@@ -112,6 +113,7 @@ class PolicyClient:
         recover: Callable[[], Awaitable[None]] | None = None,
         watch: CallWatch | None = None,
         metadata: Sequence[tuple[str, str]] = (),
+        security: ClientSecurity | None = None,
     ) -> None:
         """`timeout` (seconds) bounds each attempt; `recover` runs before an attempt is repeated."""
         self.target = target
@@ -120,7 +122,7 @@ class PolicyClient:
         self._recover = recover
         self._watch = watch
         self._metadata = tuple(metadata) or call_metadata()
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, security=security)
         self._stub: Any = policy_pb2_grpc.PolicyServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def wait_ready(self, within: float | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf.channel import RetryPolicy, call_metadata, call_with_retry, open_channel, wait_until_ready
 from rlhf.failures import RpcFailure, from_rpc_error, unavailable
 from rlhf.logs import get_logger
+from rlhf.security.config import ClientSecurity
 from rlhf.tensors import dtype_name, iter_pieces
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 from trainer.clients.waits import CallWatch, watched
@@ -73,6 +74,7 @@ class WeightPublisher:
         watch: CallWatch | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         shared_folder: Path | None = None,
+        security: ClientSecurity | None = None,
     ) -> None:
         """`timeout` (seconds) bounds a stream; `on_new_server` runs before weights go to a process not seen before.
 
@@ -86,7 +88,7 @@ class WeightPublisher:
         self._watch = watch
         self._metadata = tuple(metadata) or call_metadata()
         self._shared_folder = shared_folder
-        self._channel = open_channel(target)
+        self._channel = open_channel(target, security=security)
         self._stub: Any = weights_pb2_grpc.WeightsServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._published: _Published | None = None
         self._instance: str | None = None

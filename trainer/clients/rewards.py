@@ -20,6 +20,7 @@ from rlhf.failures import from_rpc_error
 from rlhf.logs import bound_context, get_logger
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.reward_answers import DEFAULT_REQUEST_BYTES, MalformedAnswerError, results_by_id
+from rlhf.security.config import ClientSecurity
 from trainer.clients.policy import BrokenServerError, FinishReason
 from trainer.clients.reward_wire import FINISH_REASONS, turn
 from trainer.clients.waits import CallWatch, watched
@@ -125,6 +126,7 @@ class RewardClient:
         timeout: float = 60.0,
         retry: RetryPolicy | None = None,
         watch: CallWatch | None = None,
+        security: ClientSecurity | None = None,
     ) -> None:
         """`timeout` (seconds) bounds each attempt of a call."""
         self.target = target
@@ -132,7 +134,7 @@ class RewardClient:
         self._timeout = timeout
         self._retry = retry or RetryPolicy()
         self._watch = watch
-        self._channel = open_channel(target, keepalive=ANY_SERVERS)
+        self._channel = open_channel(target, keepalive=ANY_SERVERS, security=security)
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._info: RewardInfo | None = None
         self._queue: deque[_Job] = deque()

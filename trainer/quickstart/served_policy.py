@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.channel import RetryPolicy, call_metadata
 from rlhf.fingerprints import tokenizer_digest, weights_digest
+from rlhf.security.config import ClientSecurity
 from trainer.clients.policy import REFERENCE, ModelInfo, PolicyClient
 from trainer.clients.publisher import WeightPublisher
 from trainer.model import AutoModelForCausalLMWithValueHead
@@ -43,14 +44,22 @@ class ServedPolicy:
     """
 
     def __init__(
-        self, target: str, *, tokenizer: PreTrainedTokenizerBase, reference: AutoModelForCausalLMWithValueHead
+        self,
+        target: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: AutoModelForCausalLMWithValueHead,
+        security: ClientSecurity | None = None,
     ) -> None:
         """Connect to `target` ("host:port") and compare tokenizer and reference weights with this side's.
+
+        security: None = neither TLS nor a token.
 
         Raises ServerMismatchError when either differs.
         """
         self.target = target
         self._reference = reference
+        self._security = security
         self._tokenizer_digest = tokenizer_digest(tokenizer)
         self._version = WeightsVersion(run_id=uuid.uuid4().hex, incarnation=1, version=0)
         self._loop = asyncio.new_event_loop()
@@ -106,8 +115,12 @@ class ServedPolicy:
             if (served := this()) is not None:
                 await served._check_server()
 
-        publisher = WeightPublisher(self.target, retry=_RETRY, on_new_server=check_new_server, metadata=metadata)
-        client = PolicyClient(self.target, retry=_RETRY, recover=publisher.ensure, metadata=metadata)
+        publisher = WeightPublisher(
+            self.target, retry=_RETRY, on_new_server=check_new_server, metadata=metadata, security=self._security
+        )
+        client = PolicyClient(
+            self.target, retry=_RETRY, recover=publisher.ensure, metadata=metadata, security=self._security
+        )
         return client, publisher
 
     async def _check_server(self) -> None:

@@ -79,8 +79,8 @@ def load_model(settings: TrainerSettings, checkpoint: Path | None) -> LoadedMode
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = str(checkpoint or settings.model)
     with _loading(source, "--model"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(source, trust_remote_code=False)
     realign_parameters(model)
     reference = None
     if settings.reference is ReferencePlace.TRAINER:
@@ -168,7 +168,9 @@ def _loading(source: str, setting: str) -> Iterator[None]:
 
 def _load_reference(source: str) -> PreTrainedModel:
     with _loading(source, "--reference-model"):
-        reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False
+        )
     realign_parameters(reference)
     return reference
 

@@ -15,6 +15,7 @@ import torch
 from rlhf.failures import RpcFailure
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
+from rlhf.security.config import CredentialsError
 from trainer.clients.fleet import PolicyFleet
 from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo, PolicyClient
 from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
@@ -58,6 +59,7 @@ T = TypeVar("T")
 
 REFUSALS = (
     SettingsError,
+    CredentialsError,
     RunFolderError,
     PromptDataError,
     CheckpointError,

@@ -56,9 +56,14 @@ class Servers:
             publish_timeout=settings.publish_timeout,
             metadata=self._metadata,
             shared_folder=settings.weights_folder,
+            security=settings.policy_security(),
         )
         self.rewards = RewardClient(
-            settings.reward_server, run_id=run_id, timeout=settings.reward_timeout, watch=watch("reward")
+            settings.reward_server,
+            run_id=run_id,
+            timeout=settings.reward_timeout,
+            watch=watch("reward"),
+            security=settings.reward_security(),
         )
 
     async def reach(self) -> None:
@@ -69,8 +74,13 @@ class Servers:
         target = self._settings.policy_server[0]
         if self._discovery.several:
             target = (await self.fleet.wait_ready())[0].target
+        security = self._settings.policy_security().for_host(self._discovery.host_of(target))
         self.policy = PolicyClient(
-            target, timeout=self._settings.policy_timeout, watch=self._watch, metadata=self._metadata
+            target,
+            timeout=self._settings.policy_timeout,
+            watch=self._watch,
+            metadata=self._metadata,
+            security=security,
         )
         self.publisher = WeightPublisher(
             target,
@@ -78,6 +88,7 @@ class Servers:
             watch=self._watch,
             metadata=self._metadata,
             shared_folder=self._settings.weights_folder,
+            security=security,
         )
         self._closing.push_async_callback(self.policy.close)
         self._closing.push_async_callback(self.publisher.close)

@@ -55,6 +55,8 @@ class PolicyServiceStub:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
     | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
@@ -62,7 +64,7 @@ class PolicyServiceStub:
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, memory is short, or the caller's quota is used up | after the delay |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
     | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 
@@ -129,6 +131,8 @@ class PolicyServiceServicer:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
     | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
@@ -136,7 +140,7 @@ class PolicyServiceServicer:
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, memory is short, or the caller's quota is used up | after the delay |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
     | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 
@@ -239,6 +243,8 @@ class PolicyService:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | not serving: loading, waiting for weights, draining | yes |
     | NOT_FOUND | NOT_FOUND | `model` is not served; the path is "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
@@ -246,7 +252,7 @@ class PolicyService:
     | FAILED_PRECONDITION | WEIGHTS_BEHIND | live weights are older than asked for, or were never published | later, at another replica, or after publishing |
     | FAILED_PRECONDITION | WEIGHTS_AHEAD | live weights are newer than `exact` | no |
     | FAILED_PRECONDITION | OTHER_RUN | live weights are another run's | no |
-    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, or memory is short | after the delay |
+    | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: the queue is full, memory is short, or the caller's quota is used up | after the delay |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: a message is larger than a side takes (OUT_OF_RANGE or CANCELLED from some gRPC libraries) | no |
     | INTERNAL | INTERNAL | a fault of the server, logits that are not finite among them | no |
 

@@ -44,6 +44,8 @@ class RewardServiceStub:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
@@ -92,6 +94,8 @@ class RewardServiceServicer:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |
@@ -159,6 +163,8 @@ class RewardService:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call | no |
     | UNAVAILABLE | UNAVAILABLE | loading, draining, or what the reward depends on is down | yes |
     | INVALID_ARGUMENT | INVALID_FIELD | a field is wrong; the path is at each field below | no |
     | NOT_FOUND | NOT_FOUND | a reward that the server does not have; the path is "reward" | no |

@@ -43,10 +43,11 @@ class WeightsServiceStub:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
     | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
     | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call; a directory outside the server's root, or the server has no root | no |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
     | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
@@ -96,10 +97,11 @@ class WeightsServiceServicer:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
     | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
     | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call; a directory outside the server's root, or the server has no root | no |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
     | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |
@@ -169,10 +171,11 @@ class WeightsService:
 
     | code | reason | when | again? |
     |---|---|---|---|
+    | UNAUTHENTICATED | UNAUTHENTICATED | no credentials, or wrong ones, at a server that asks for them | no |
     | UNAVAILABLE | UNAVAILABLE | draining, or the swap was called off | yes |
     | NOT_FOUND | NOT_FOUND | a model that is not served; "begin.model", in GetWeights "model" | no |
     | INVALID_ARGUMENT | INVALID_FIELD | a field, the order of messages, a name, shape or byte range is wrong | no |
-    | PERMISSION_DENIED | PERMISSION_DENIED | a directory outside the server's root, or the server has no root | no |
+    | PERMISSION_DENIED | PERMISSION_DENIED | the caller's role does not have this call; a directory outside the server's root, or the server has no root | no |
     | RESOURCE_EXHAUSTED | TOO_LARGE | without RetryInfo: total_bytes above max_staging_bytes, or a message too large | no |
     | RESOURCE_EXHAUSTED | OVERLOADED | with RetryInfo: memory is short now | after the delay |
     | FAILED_PRECONDITION | FROZEN_MODEL | the model takes no weights: "reference" | no |

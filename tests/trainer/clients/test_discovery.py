@@ -23,6 +23,8 @@ async def test_every_address_of_a_name_is_a_replica_beside_those_that_are_listed
     discovery = Discovery(["unix:/p.sock", "dns:///policy.svc:50051", "127.0.0.2:50051"], resolve=two_addresses)
 
     assert await discovery.targets() == ["unix:/p.sock", "127.0.0.1:50051", "127.0.0.2:50051"]
+    assert discovery.host_of("127.0.0.1:50051") == "policy.svc"
+    assert discovery.host_of("unix:/p.sock") is None
     assert discovery.changes
     assert discovery.several
 
