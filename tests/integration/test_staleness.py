@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import statistics
 
 import pytest
 
@@ -10,6 +12,13 @@ from tests.integration.training import World, assert_accounted_once, assert_fini
 from tests.support.processes import wait_for
 
 STEPS = 4
+SEEDS = (1, 2, 3)
+
+PRINTABLE = '''
+def reward(prompts, completions, **columns):
+    """The share of printable ASCII, a third of what the untrained model writes."""
+    return [sum(each.isascii() and each.isprintable() for each in text) / (1 + len(text)) for text in completions]
+'''
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +86,42 @@ def test_a_policy_server_killed_while_the_learner_learns_gets_whole_weights(worl
     assert_finished(trainer)
     assert_accounted_once(world, "ahead-killed")
     assert all(line["rollout/staleness_max"] <= 1 for line in world.lines("ahead-killed", "metrics.jsonl", "step"))
+
+
+@pytest.mark.slow
+def test_rollouts_that_run_ahead_learn_as_much_as_synchronous_ones(world: World) -> None:
+    reward = world.reward_server(PRINTABLE, name="printable")
+    held_out = world.folder / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": f"The play {row} was"}) + "\n" for row in range(64)))
+
+    def rewards(max_staleness: int, seed: int) -> tuple[float, float]:
+        """Of the held-out prompts, before and after."""
+        run = f"curve-{max_staleness}-{seed}"
+        trainer = world.trainer(
+            run,
+            reproducible=False,
+            reward=reward,
+            eval_data=held_out,
+            seed=seed,
+            max_staleness=max_staleness,
+            steps=30,
+            batch_size=32,
+            mini_batch_size=8,
+            max_new_tokens=16,
+            init_kl_coef=0.01,
+            eval_every=30,
+            eval_prompts=64,
+            save_every=30,
+            rollout_concurrency=32,
+        )
+        assert_finished(trainer)
+        before, after = world.lines(run, "metrics.jsonl", "evaluation")
+        return before["reward_mean"], after["reward_mean"]
+
+    curves = {staleness: [rewards(staleness, seed) for seed in SEEDS] for staleness in (0, 1)}
+    ends = [[after for _, after in curve] for curve in curves.values()]
+    noise = sum(max(each) - min(each) for each in ends)
+    synchronous, ahead = map(statistics.fmean, ends)
+    print(curves)
+    assert abs(ahead - synchronous) <= noise, curves
+    assert min(synchronous, ahead) - curves[0][0][0] > noise / 2, curves

@@ -96,6 +96,9 @@ class Fleet:
     def replicas(self, state: str) -> float | None:
         return self._registry.get_sample_value("rlhf_trainer_policy_replicas", {"state": state})
 
+    async def everyone_holds(self, version: WeightsVersion) -> None:
+        await reached(lambda: all(replica.holds == version for replica in self.fleet._replicas.values()))
+
     async def until(self, state: str, count: int) -> None:
         await reached(lambda: self.replicas(state) == count)
 
@@ -139,7 +142,7 @@ async def test_calls_are_spread_and_whoever_answers_first_gets_the_next() -> Non
     slow.policy.gate.clear()
     async with fleet_of(slow, quick) as run:
         version = await run.publish(1)
-        await reached(lambda: slow.weights.live == quick.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         calls = [asyncio.create_task(run.generate(version, seed=seed)) for seed in range(20)]
         await reached(lambda: sum(call.done() for call in calls) == 18)
 
@@ -153,7 +156,7 @@ async def test_a_call_that_fails_for_a_passing_reason_goes_to_another_replica_as
     broken, well = Server(HeldPolicy(unavailable("draining"))), Server()
     async with fleet_of(broken, well) as run:
         version = await run.publish(1)
-        await reached(lambda: broken.weights.live == well.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         await run.generate(version, seed=5)
 
         assert broken.policy.calls[:1] == well.policy.calls
@@ -164,7 +167,7 @@ async def test_a_replica_without_the_weights_gets_no_call_and_holds_nobody_up() 
     behind, well = Server(), Server()
     async with fleet_of(behind, well) as run:
         first = await run.publish(1)
-        await reached(lambda: behind.weights.live == first.to_proto())
+        await run.everyone_holds(first)
         behind.weights.fail_after_begin = [grpc.StatusCode.UNAVAILABLE] * 1000
         second = await run.publish(2)
         await asyncio.gather(*(run.generate(second, seed=seed) for seed in range(8)))
@@ -203,7 +206,7 @@ async def test_without_any_replica_the_wait_names_each_with_its_reason() -> None
     first, second = Server(HeldPolicy(unavailable("one"), completed)), Server(HeldPolicy(unavailable("two"), completed))
     async with fleet_of(first, second) as run:
         version = await run.publish(1)
-        await reached(lambda: first.weights.live == second.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         for server in (first, second):
             server.weights.instance, server.weights.live = "restarted", policy_pb2.WeightsVersion()
             server.weights.fail_after_begin = [grpc.StatusCode.UNAVAILABLE] * 20
@@ -221,7 +224,7 @@ async def test_a_replica_that_comes_back_gets_the_bytes_as_they_were_published()
     async with fleet_of(server, other) as run:
         version = WeightsVersion("run", 1, 1)
         await run.fleet.publish([("weight", tensor)], version)
-        await reached(lambda: server.weights.live == other.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         tensor += 1  # the learner goes on
         server.weights.instance, server.weights.live, server.weights.tensors = "new", policy_pb2.WeightsVersion(), {}
         await run.generate(version)
@@ -259,11 +262,23 @@ async def test_a_replica_that_fails_the_check_is_left_out_until_no_other_is_ther
             await run.generate(version)
 
 
+async def test_a_replica_that_cannot_take_the_weights_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    blind, well = Server(), Server()
+    blind.weights.fail_after_begin = [grpc.StatusCode.PERMISSION_DENIED] * 100
+    async with fleet_of(blind, well) as run:
+        await run.generate(await run.publish(1))
+        await run.until("refused", 1)
+        await run.generate(await run.publish(2))
+
+    assert f"policy server {run.addresses[0]} does not find what this trainer writes" in caplog.text
+    assert blind.policy.calls == []
+
+
 async def test_a_replica_that_another_trainer_took_over_ends_the_run() -> None:
     taken, well = Server(HeldPolicy(unavailable("busy"))), Server()
     async with fleet_of(taken, well) as run:
         version = await run.publish(1)
-        await reached(lambda: taken.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         taken.weights.live = policy_pb2.WeightsVersion(run_id="other", incarnation=1)
         with contextlib.suppress(PublishError):
             await run.publish(2)
@@ -313,7 +328,7 @@ async def test_addresses_of_a_name_join_and_leave(monkeypatch: pytest.MonkeyPatc
         version = await run.publish(1)
         there[:] = run.addresses
         await run.until("usable", 2)
-        await reached(lambda: second.weights.live == version.to_proto())
+        await run.everyone_holds(version)
         second.policy.gate.clear()
         calls = [asyncio.create_task(run.generate(version)) for _ in range(4)]
         await reached(lambda: len(second.policy.calls) == 2)
@@ -329,6 +344,24 @@ async def test_addresses_of_a_name_join_and_leave(monkeypatch: pytest.MonkeyPatc
         there.clear()
         await run.generate(version)
         assert run.replicas("usable") == 1, "a name that stops resolving takes nobody away"
+
+
+async def test_a_name_is_looked_up_again_while_nobody_behind_it_has_answered_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet_module, "_RESOLVE_SECONDS", 0.01)
+    looked_up = 0
+
+    def discovery(addresses: Sequence[str]) -> Discovery:
+        async def resolve(host: str, port: int) -> Sequence[str]:
+            nonlocal looked_up
+            looked_up += 1
+            return addresses if looked_up > 3 else ["127.0.0.1:1"]
+
+        return Discovery(["dns:///policy:1"], resolve=resolve)
+
+    async with asyncio.timeout(SOON), fleet_of(Server(), discovery=discovery) as run:
+        assert list(run.fleet.known) == run.addresses
 
 
 async def test_a_call_that_is_cancelled_while_it_waits_or_runs_gives_its_place_back() -> None:
