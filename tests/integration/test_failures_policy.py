@@ -157,8 +157,9 @@ def test_a_policy_server_told_to_stop_in_mid_rollout_exits_0_and_its_successor_g
 ) -> None:
     trainer = world.trainer("policy-stopped")
     in_mid_rollout(world, "policy-stopped")
+    address = world.policy.address
     assert world.policy.terminate() == 0
-    world.restart_policy()
+    world.policy = world.policy_server(listen=address)
 
     assert_finished(trainer)
     assert_same_bits(world, "policy-stopped", uninterrupted)
