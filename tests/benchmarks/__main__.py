@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import latency, logprobs, output, rollout, roofline, score, step, swap
+from tests.benchmarks import hostile, latency, logprobs, output, rollout, roofline, score, step, swap
 from tests.benchmarks.measuring import Report
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import process_factory
@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, Callable[..., Awaitable[Report]]] = {
     "logprobs": logprobs.measure,
     "score": score.measure,
     "step": step.measure,
+    "hostile": hostile.measure,
 }
 
 _WORK: Mapping[str, Callable[..., Any]] = {
@@ -33,6 +34,7 @@ _WORK: Mapping[str, Callable[..., Any]] = {
     "swap": swap.Work,
     "logprobs": logprobs.Work,
     "score": score.Work,
+    "hostile": hostile.Work,
 }
 
 _SMALL = {"layers": 6, "width": 256}
@@ -47,6 +49,7 @@ _QUICK: Mapping[str, Mapping[str, Any]] = {
     "swap": {"models": (_TINY,), "swaps": 1, "rows": 2, "tokens": 24, "rounds": 1},
     "logprobs": {"sequences": 4, "longest": 16, "rounds": 1},
     "score": {"calls": 8, "rounds": 1, "examples": ("python",)},
+    "hostile": {"calls": 8, "rounds": 1},
 }
 
 

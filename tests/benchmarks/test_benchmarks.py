@@ -95,6 +95,7 @@ CHECKS = {
     "logprobs": check_logprobs,
     "score": check_score,
     "step": check_step,
+    "hostile": check_rates,
 }
 
 
