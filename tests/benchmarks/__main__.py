@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import iteration, latency, logprobs, output, rollout, roofline, score, step, swap
+from tests.benchmarks import hostile, iteration, latency, logprobs, output, rollout, roofline, score, step, swap
 from tests.benchmarks.measuring import Report
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import process_factory
@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, Callable[..., Awaitable[Report]]] = {
     "score": score.measure,
     "step": step.measure,
     "iteration": iteration.measure,
+    "hostile": hostile.measure,
 }
 
 _WORK: Mapping[str, Callable[..., Any]] = {
@@ -35,6 +36,7 @@ _WORK: Mapping[str, Callable[..., Any]] = {
     "logprobs": logprobs.Work,
     "score": score.Work,
     "iteration": iteration.Work,
+    "hostile": hostile.Work,
 }
 
 _SMALL = {"layers": 6, "width": 256}
@@ -50,6 +52,7 @@ _QUICK: Mapping[str, Mapping[str, Any]] = {
     "logprobs": {"sequences": 4, "longest": 16, "rounds": 1},
     "score": {"calls": 8, "rounds": 1, "examples": ("python",)},
     "iteration": {"samples": 4, "new_tokens": 4, "steps": 3, "rounds": 1},
+    "hostile": {"calls": 8, "rounds": 1},
 }
 
 

@@ -106,6 +106,7 @@ CHECKS = {
     "score": check_score,
     "step": check_step,
     "iteration": check_iteration,
+    "hostile": check_rates,
 }
 
 
