@@ -135,6 +135,21 @@ def health_of(address: str, service: str) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
+def torchrun(count: int, module: str, *arguments: str, within: float = 240.0) -> None:
+    """Run `python -m module …` in `count` processes of one torch.distributed world, to a successful end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    ended = subprocess.run(
+        [*command, "-m", module, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+
+
 StartProcess = Callable[..., ProcessUnderTest]
 
 
