@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +40,13 @@ class MixedPrecision(enum.StrEnum):
 
     NO = "no"
     BF16 = "bf16"
+
+
+class Sharding(enum.StrEnum):
+    """What each of several processes holds of the model."""
+
+    NONE = "none"
+    FSDP = "fsdp"
 
 
 _UNTRAINABLE = {
@@ -149,6 +155,17 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         MixedPrecision.NO, description="Compute in fp32 (no) or by bf16 autocast; weights and losses are fp32 always"
     )
 
+    sharding: Sharding = Field(
+        Sharding.NONE,
+        description="Under several processes: each holds the model (none, DDP), or a part of it (fsdp, FSDP2)",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Refuse to start unless so many train together; unset: as many as the launcher started",
+        json_schema_extra=_unit("processes"),
+    )
+
     rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight", json_schema_extra=_unit("calls"))
     weights_folder: Path | None = Field(
         None,
@@ -206,10 +223,6 @@ class TrainerSettings(PPOConfig, ProcessSettings):
                 )
             if self.reference_model is not None:
                 raise ValueError("reference_model is only used with reference=trainer; give --reference to the server")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "WORLD_SIZE is above 1: this version's loop trains in one process; start it without torchrun"
-            )
         return self
 
     def ppo_config(self) -> PPOConfig:

@@ -68,6 +68,7 @@ class World:
         run: str,
         *flags: str,
         reward: ProcessUnderTest | ExampleServer | None = None,
+        ranks: int = 1,
         **settings: object,
     ) -> ProcessUnderTest:
         """A reproducible trainer of run `run` in a folder of that name; `settings` replace what is set here."""
@@ -95,7 +96,7 @@ class World:
             **settings,
         }
         given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        return self.start("trainer", *given, "--reproducible", *flags, listen=None)
+        return self.start("trainer", *given, "--reproducible", *flags, listen=None, ranks=ranks)
 
     def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
         """The whole lines of a run's .jsonl file so far, of one kind if given."""

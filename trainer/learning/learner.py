@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trainer.learning.assessment import Assessment, assess, pad_rows
@@ -284,12 +286,14 @@ class PPOLearner:
             parameter: Tensor | None = whole_on_cpu(self._parameters[name].detach(), keep=self._ranks.index == 0)
             return parameter
 
-    def model_state_dict(self) -> dict[str, Tensor] | None:
-        """`model.state_dict()` for `model.save_pretrained`; None unless the model is sharded, on rank 0 alone."""
-        if not self._sharded:
-            return None
-        # A name that is missing is tied to one that is there.
-        return {name: self._readable(name, parameter).to("cpu") for name, parameter in self._parameters.items()}
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """`save_pretrained` of the model, on rank 0 alone, which has the whole of it in CPU memory meanwhile."""
+        state = None
+        if self._sharded:
+            state = {name: each for name, each in self.model.state_dict().items() if not isinstance(each, DTensor)}
+            # A name that is missing is tied to one that is there.
+            state |= {name: self._readable(name, each).to("cpu") for name, each in self._parameters.items()}
+        self.model.save_pretrained(folder, state_dict=state)
 
     def _readable(self, name: str, parameter: Tensor) -> Tensor:
         """The parameter, or what has of a tensor what a reader needs."""

@@ -44,6 +44,16 @@ class Ranks:
             tokens[rank] += lengths[row]
         return Share(self, queries, responses, [sorted(own) for own in rows])
 
+    def hear(self) -> tuple[str, tuple[Any, ...]]:
+        """On a rank that is led: what to call next, and with what. Raises RanksLostError when rank 0 is gone."""
+        assert self._control is not None, "rank 0 leads"
+        return self._control.hear()
+
+    def end(self, code: int) -> None:
+        """On rank 0: have those that it leads end with exit code `code`. Elsewhere nothing."""
+        if self._control is not None and self.index == 0:
+            self._control.end(code)
+
     @contextlib.contextmanager
     def together(self, method: str, *arguments: Any) -> Iterator[None]:
         """Around what every rank must do at once: if rank 0 leads, it has the others call the same of their learner."""

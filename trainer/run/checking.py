@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlhf.config import EX_CONFIG
+from trainer.learning.ranks import ALONE, Ranks
 from trainer.run.findings import Finding, Outcome, table
 from trainer.run.loading import prepare_torch
 from trainer.run.preflight import REFUSALS, Preflight
@@ -13,7 +14,7 @@ from trainer.run.waiting import Patience
 from trainer.settings import TrainerSettings
 
 
-async def check(settings: TrainerSettings) -> tuple[str, int]:
+async def check(settings: TrainerSettings, ranks: Ranks = ALONE) -> tuple[str, int]:
     """The table of every check and the exit code: 0, or 78 when one failed. Nothing is written or published."""
     start, found = _check_run_folder(settings)
     findings = [found]
@@ -21,7 +22,7 @@ async def check(settings: TrainerSettings) -> tuple[str, int]:
         prepare_torch(settings)
         patience = Patience(settings.check_patience)
         async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch) as servers:
-            findings += await Preflight(settings, start, servers, patience=patience).report()
+            findings += await Preflight(settings, start, servers, ranks=ranks, patience=patience).report()
     failed = any(finding.outcome is Outcome.FAILED for finding in findings)
     return table(findings), EX_CONFIG if failed else 0
 
