@@ -38,10 +38,14 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 
 @contextlib.contextmanager
 def bound_context(
-    *, run_id: str | None = None, step: int | None = None, request_id: str | None = None
+    *,
+    run_id: str | None = None,
+    step: int | None = None,
+    request_id: str | None = None,
+    rank: int | None = None,
 ) -> Iterator[None]:
     """Give every line logged inside, in this task and those it starts, what is not None."""
-    given = {"run_id": run_id, "step": step, "request_id": request_id}
+    given = {"run_id": run_id, "step": step, "request_id": request_id, "rank": rank}
     with structlog.contextvars.bound_contextvars(**{key: value for key, value in given.items() if value is not None}):
         yield
 

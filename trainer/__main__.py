@@ -18,7 +18,6 @@ from rlhf.extras import brought_by
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
 from rlhf.metrics import serve_metrics
-from rlhf.security.config import CredentialsError
 from trainer.settings import TrainerSettings
 
 _log = get_logger(__name__)
@@ -31,43 +30,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Seconds of importing torch come after mistakes in the settings have been told.
     with brought_by("trainer"):
         from trainer.clients.policy import BrokenServerError
+        from trainer.learning.control import RanksLostError
         from trainer.learning.learner import NonFiniteLossError
+        from trainer.learning.ranks import ALONE
         from trainer.metrics import TrainerMetrics
         from trainer.run.assembly import run
         from trainer.run.checking import check
+        from trainer.run.following import follow
+        from trainer.run.launch import join_ranks
         from trainer.run.preflight import REFUSALS
         from trainer.run.progress import Progress, wants_live_display
         from trainer.run.runfolder import StorageError, lock_run_folder
         from trainer.run.waiting import WaitBoard
 
-    if settings.check:
-        try:
-            report, code = asyncio.run(check(settings))
-        except CredentialsError as error:
-            _log.error(str(error))
-            return EX_CONFIG
-        print(report)
-        return code
-
-    metrics = TrainerMetrics()
-    waits = WaitBoard(metrics)
-    live = wants_live_display(settings.log_format)
+    ranks, code = ALONE, 1
     try:
+        ranks = join_ranks(settings)
+        if ranks.index > 0:
+            return follow(settings, ranks)
+        if settings.check:
+            report, code = asyncio.run(check(settings, ranks))
+            print(report)
+            return code
+        metrics = TrainerMetrics()
+        waits = WaitBoard(metrics)
+        live = wants_live_display(settings.log_format)
         with (
             lock_run_folder(settings.run_dir),
             _metrics_endpoint(settings),
             Progress(steps=settings.steps, waits=waits, live=live) as progress,
         ):
-            return asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits))
+            code = asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits, ranks=ranks))
     except REFUSALS as error:
         _log.error(str(error))
-        return EX_CONFIG
+        code = EX_CONFIG
     except _MetricsPortError as error:
         _log.error(str(error))
-        return 1
-    except (RpcFailure, BrokenServerError, NonFiniteLossError, StorageError) as error:
+    except (RpcFailure, BrokenServerError, NonFiniteLossError, StorageError, RanksLostError) as error:
         _log.error(f"the run stops: {error}")
-        return 1
+    finally:
+        ranks.end(code)
+    return code
 
 
 class _MetricsPortError(Exception):

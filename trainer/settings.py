@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 import re
 from pathlib import Path
 from typing import Any, Self
@@ -43,6 +42,13 @@ class MixedPrecision(enum.StrEnum):
 
     NO = "no"
     BF16 = "bf16"
+
+
+class Sharding(enum.StrEnum):
+    """What each of several processes holds of the model."""
+
+    NONE = "none"
+    FSDP = "fsdp"
 
 
 _UNTRAINABLE = {
@@ -196,6 +202,17 @@ class TrainerSettings(PPOConfig, AccessSettings):
         MixedPrecision.NO, description="Compute in fp32 (no) or by bf16 autocast; weights and losses are fp32 always"
     )
 
+    sharding: Sharding = Field(
+        Sharding.NONE,
+        description="Under several processes: each holds the model (none, DDP), or a part of it (fsdp, FSDP2)",
+    )
+    processes: int | None = Field(
+        None,
+        ge=1,
+        description="Refuse to start unless so many train together; unset: as many as the launcher started",
+        json_schema_extra=_unit("processes"),
+    )
+
     max_staleness: int = Field(
         0,
         ge=0,
@@ -301,10 +318,6 @@ class TrainerSettings(PPOConfig, AccessSettings):
                 security.require_fit(target)
             except CredentialsError as error:
                 raise ValueError(str(error)) from error
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                "WORLD_SIZE is above 1: this version's loop trains in one process; start it without torchrun"
-            )
         return self
 
     def ppo_config(self) -> PPOConfig:

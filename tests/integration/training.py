@@ -73,6 +73,7 @@ class World:
         reward: ProcessUnderTest | ExampleServer | None = None,
         reproducible: bool = True,
         env: dict[str, str] | None = None,
+        ranks: int = 1,
         **settings: object,
     ) -> ProcessUnderTest:
         """A trainer of run `run` in a folder of that name; `settings` replace what is set here."""
@@ -101,7 +102,7 @@ class World:
         }
         given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         given += ["--reproducible"] if reproducible else []
-        return self.start("trainer", *given, *flags, listen=None, env=env)
+        return self.start("trainer", *given, *flags, listen=None, env=env, ranks=ranks)
 
     def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
         """The whole lines of a run's .jsonl file so far, of one kind if given."""

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN = 90.0
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 T = TypeVar("T")
 
@@ -37,14 +38,18 @@ def wait_for(condition: Callable[[], T], *, within: float, what: str) -> T:
 class ProcessUnderTest:
     """`python -m module …` with its output in a file."""
 
-    def __init__(self, module: str, flags: Sequence[str], folder: Path, *, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, module: str, flags: Sequence[str], folder: Path, *, ranks: int = 1, env: dict[str, str] | None = None
+    ) -> None:
+        """ranks: how many of it torchrun starts, as one world; what is asked and signalled here is torchrun."""
         self.module = module
+        launcher = (*TORCHRUN, str(ranks)) if ranks > 1 else ()
         self._endpoint_file = folder / "endpoint.json"
         self._endpoint_file.unlink(missing_ok=True)
         self._log_file = folder / "log.txt"
         with self._log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags, "--endpoint-file", str(self._endpoint_file)],
+                [sys.executable, *launcher, "-m", module, *flags, "--endpoint-file", str(self._endpoint_file)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -140,6 +145,20 @@ def health_of(address: str, service: str) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
+def torchrun(count: int, module: str, *arguments: str, within: float = 240.0) -> None:
+    """Run `python -m module …` in `count` processes of one torch.distributed world, to a successful end."""
+    ended = subprocess.run(
+        [sys.executable, *TORCHRUN, str(count), "-m", module, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=within,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+
+
 StartProcess = Callable[..., ProcessUnderTest]
 
 
@@ -152,12 +171,12 @@ def process_factory(folder: Path) -> Iterator[StartProcess]:
     started: list[ProcessUnderTest] = []
 
     def start(
-        module: str, *flags: str, listen: str | None = "127.0.0.1:0", env: dict[str, str] | None = None
+        module: str, *flags: str, listen: str | None = "127.0.0.1:0", ranks: int = 1, env: dict[str, str] | None = None
     ) -> ProcessUnderTest:
         own = folder / f"{module.replace('.', '-')}-{len(started)}"
         own.mkdir(parents=True)
         address = ("--listen", listen) if listen is not None else ()
-        process = ProcessUnderTest(module, [*flags, *address, "--metrics-port", "auto"], own, env=env)
+        process = ProcessUnderTest(module, [*flags, *address, "--metrics-port", "auto"], own, ranks=ranks, env=env)
         started.append(process)
         return process
 

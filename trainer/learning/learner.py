@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from trainer.learning.assessment import assess, pad_rows
+from trainer.learning.assessment import Assessment, assess, pad_rows
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.experience import Experience, gather_experience
 from trainer.learning.forward import run_without_dropout
+from trainer.learning.ranks import ALONE, Ranks, Share
+from trainer.learning.sharding import (
+    Gatherable,
+    part_again,
+    spread_optimizer_state,
+    take_from_rank_0,
+    whole,
+    whole_on_cpu,
+)
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.controllers import adapted_kl_coefficient
@@ -39,8 +50,10 @@ from trainer.ppo.statistics import (
 )
 from trainer.responses.activations import fuse_activations
 from trainer.responses.packing import enable_packing
-from trainer.responses.rows import collate
+from trainer.responses.rows import ResponseRows, collate
 from trainer.responses.scoring import PackedReference, scores_and_values
+
+_POLICY_PREFIX = "pretrained_model."
 
 
 class NonFiniteLossError(RuntimeError):
@@ -79,6 +92,10 @@ class PPOLearner:
     importance_cap: weigh each token's policy loss by min(exp(old − rollout), cap), for batches that older weights
     sampled; None = do not. optimizer: Adam if None. lr_scheduler: stepped once per `step`.
 
+    ranks: the processes that train together; every one makes a learner, with the same arguments but for the weights,
+    which are rank 0's, and calls the same methods in the same order. By DDP each holds the model; `sharded`, by FSDP2,
+    a part of it. All numbers are of the whole batch, which every rank is given.
+
     Raises ValueError for settings that cannot work together.
     """
 
@@ -95,6 +112,8 @@ class PPOLearner:
         accelerator: Any | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
     ) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature is {temperature}: it must be finite and above 0")
@@ -108,7 +127,9 @@ class PPOLearner:
         if importance_cap is not None and not (math.isfinite(importance_cap) and importance_cap > 0):
             raise ValueError(f"importance_cap is {importance_cap}: it must be finite and above 0")
         if accelerator is not None:
-            _refuse_unsupported(accelerator)
+            _refuse_unsupported(accelerator, ranks)
+        if ranks.count > 1 and (accelerator is None or optimizer is not None):
+            raise ValueError("several ranks need an accelerator, and make their optimizer themselves")
         self.config = config
         self.temperature = temperature
         self.completed_steps = 0
@@ -120,19 +141,29 @@ class PPOLearner:
         self._shuffler = np.random.RandomState(config.seed)
         self.model = model
         self._accelerator = accelerator
+        self._ranks = ranks
+        self._sharded = sharded
         self._wrapped: nn.Module = model
         self._packed = _prepare_forwards(model.pretrained_model)
         self._reference = reference if full else _packed_where_possible(reference)
         if config.gradient_checkpointing:
             _enable_checkpointing(model.pretrained_model)
+        if accelerator is not None and ranks.count > 1:
+            for each in (model, self._reference):
+                if each is not None:
+                    take_from_rank_0(each, accelerator.device, sharded=sharded)
+        # A forward pass puts whole tensors in the place of sharded ones for a while.
+        self._parameters = dict(model.named_parameters())
         self._optimizer: torch.optim.Optimizer = optimizer or torch.optim.Adam(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            [parameter for parameter in self._parameters.values() if parameter.requires_grad],
             lr=config.learning_rate,
             fused=True,
         )
         self._lr_scheduler = lr_scheduler
         if accelerator is not None:
-            self._wrapped, self._optimizer = accelerator.prepare(model, self._optimizer)
+            # What is sharded by FSDP must not be wrapped by DDP, which "evaluation" means here.
+            self._wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
+            self._optimizer = accelerator.prepare_optimizer(self._optimizer)
             if self._reference is not None:
                 self._reference = accelerator.prepare_model(self._reference, evaluation_mode=True)
         if self._reference is not None:
@@ -152,6 +183,10 @@ class PPOLearner:
         Raises ValueError for a batch that does not fit the settings, before anything changes, and NonFiniteLossError
         in place of the update that would have spoiled the weights.
         """
+        with self._ranks.together("step", batch):
+            return self._step(batch)
+
+    def _step(self, batch: RolloutBatch) -> Statistics:
         self._check_batch(batch)
         started = time.perf_counter()
         run_without_dropout(self._wrapped, checkpoint_activations=self.config.gradient_checkpointing)
@@ -163,18 +198,8 @@ class PPOLearner:
         mask = given["response_masks"]
 
         full = config.kl_penalty is KlPenalty.FULL
-        assessment = assess(
-            self._wrapped,
-            self._reference if full or batch.reference_logprobs is None else None,
-            queries,
-            responses,
-            temperature=self.temperature,
-            with_full_kl=full,
-            packed=self._packed,
-            mini_batch_size=config.samples_per_mini_batch,
-            pad_id=self._pad_id,
-            device=self._device,
-        )
+        reference = self._reference if full or batch.reference_logprobs is None else None
+        assessment = self._assess(self._wrapped, reference, queries, responses, with_full_kl=full)
         old_logprobs = given["rollout_logprobs"] if self._old_logprobs == "rollout" else assessment.logprobs
         reference_logprobs = assessment.reference_logprobs
         if reference_logprobs is None:
@@ -250,30 +275,59 @@ class PPOLearner:
 
         queries, responses: token ids, int64, [q_i] and [t_i], each of at least one token.
         """
-        run_without_dropout(self._wrapped, checkpoint_activations=False)
-        assessment = assess(
-            self._wrapped,
-            None,
-            queries,
-            responses,
-            packed=self._packed,
-            temperature=self.temperature,
-            with_full_kl=False,
-            mini_batch_size=self.config.samples_per_mini_batch,
-            pad_id=self._pad_id,
-            device=self._device,
-        )
-        return _ragged(assessment.logprobs, responses)
+        with self._ranks.together("logprobs", queries, responses):
+            run_without_dropout(self._wrapped, checkpoint_activations=False)
+            return _ragged(self._assess(self._wrapped, None, queries, responses).logprobs, responses)
+
+    def reference_logprobs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
+        """The same of the learner's reference, of which it must have one."""
+        with self._ranks.together("reference_logprobs", queries, responses):
+            assessed = self._assess(None, self._reference, queries, responses).reference_logprobs
+            assert assessed is not None, "there is a reference"
+            return _ragged(assessed, responses)
 
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The causal LM's parameters under transformers' names, without the value head, tied ones once."""
-        return self.model.pretrained_model.named_parameters()
+        """The causal LM's parameters under transformers' names, without the value head, tied ones once.
+
+        Of a sharded model they are gathered one by one, each time that somebody reads one.
+        """
+        for name, parameter in self._parameters.items():
+            if name.startswith(_POLICY_PREFIX):
+                yield name.removeprefix(_POLICY_PREFIX), self._readable(name, parameter)
+
+    def whole_parameter(self, name: str) -> Tensor | None:
+        """One parameter as a whole in CPU memory; on ranks other than 0 nothing is kept of it."""
+        with self._ranks.together("whole_parameter", name):
+            parameter: Tensor | None = whole_on_cpu(self._parameters[name].detach(), keep=self._ranks.index == 0)
+            return parameter
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """`save_pretrained` of the model, on rank 0 alone, which has the whole of it in CPU memory meanwhile."""
+        state = None
+        if self._sharded:
+            state = {name: each for name, each in self.model.state_dict().items() if not isinstance(each, DTensor)}
+            # A name that is missing is tied to one that is there.
+            state |= {name: self._readable(name, each).to("cpu") for name, each in self._parameters.items()}
+        self.model.save_pretrained(folder, state_dict=state)
+
+    def _readable(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter, or what has of a tensor what a reader needs."""
+        if not self._sharded:
+            return parameter
+        return cast(Tensor, Gatherable(parameter, lambda: self.whole_parameter(name)))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed, beside the model's weights, to continue bit for bit: tensors and plain values only."""
+        """All that is needed, beside the model's weights, to continue bit for bit: tensors and plain values only.
+
+        It is the same for any number of ranks, sharded or not, and whole on rank 0 alone.
+        """
+        with self._ranks.together("state_dict"):
+            return self._state_dict()
+
+    def _state_dict(self) -> dict[str, Any]:
         _, key, position, has_gauss, cached = self._shuffler.get_state(legacy=True)
         return {
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": whole_on_cpu(self._optimizer.state_dict(), keep=self._ranks.index == 0),
             "lr_scheduler": self._lr_scheduler.state_dict() if self._lr_scheduler is not None else None,
             "kl_coefficient": self.kl_coefficient,
             "moments": {"count": self._moments.count, "mean": self._moments.mean, "squares": self._moments.squares},
@@ -289,11 +343,20 @@ class PPOLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a learner with the same settings; load the model's weights separately.
 
-        Raises ValueError when only one of the two learners has a scheduler.
+        Of `state["optimizer"]` rank 0's counts, the others need none. Raises ValueError when only one of the two
+        learners has a scheduler.
         """
+        plain = {name: value for name, value in state.items() if name != "optimizer"}
+        with self._ranks.together("load_state_dict", plain):
+            self._load_state_dict(state)
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
         if (state["lr_scheduler"] is None) != (self._lr_scheduler is None):
             raise ValueError("lr_scheduler: the saved learner and this one must both have one or both have none")
-        self._optimizer.load_state_dict(state["optimizer"])
+        optimizer: dict[str, Any] = state.get("optimizer", {})
+        if self._ranks.count > 1:
+            optimizer = spread_optimizer_state(self._optimizer, optimizer)
+        self._optimizer.load_state_dict(optimizer)
         if self._lr_scheduler is not None:
             self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.kl_coefficient = float(state["kl_coefficient"])
@@ -368,10 +431,14 @@ class PPOLearner:
     ) -> _MiniBatch:
         """Add `weight` times the gradient of one mini-batch's loss."""
         config = self.config
-        rows = collate(queries, responses, packed=self._packed, pad_id=self._pad_id, device=self._device)
-        experience = experience.cut(rows.mask.shape[1])
-        scores = scores_and_values(self._wrapped, rows, self.temperature)
-        logprobs, entropies, values = (rows.padded(each) for each in scores)
+        share = self._ranks.share(queries, responses)
+        rows = self._rows(share)
+        scores = torch.stack(scores_and_values(self._wrapped, rows, self.temperature), dim=-1)
+        # Every rank goes on with all rows, and its loss has a gradient in its own.
+        padded = nn.utils.rnn.pad_sequence(share.everyones(scores), batch_first=True)
+        logprobs, entropies, values = padded.unbind(-1)
+        entropies = entropies.detach()
+        experience = experience.cut(padded.shape[1])
         policy = policy_loss(
             logprobs,
             experience.old_logprobs,
@@ -406,10 +473,12 @@ class PPOLearner:
         if not math.isfinite(numbers["ppo/loss/total"]):
             self._optimizer.zero_grad()
             raise NonFiniteLossError(f"the loss of a mini-batch is {numbers['ppo/loss/total']}", numbers)
+        # DDP and FSDP make the mean over ranks of what is a sum.
+        loss = loss * (weight * self._ranks.count)
         if self._accelerator is None:
-            torch.autograd.backward(loss * weight)
+            torch.autograd.backward(loss)
         else:
-            self._accelerator.backward(loss * weight)
+            self._accelerator.backward(loss)
         trained = experience.mask.bool()
         return _MiniBatch(numbers, experience.advantages[trained].cpu(), policy.ratio[trained].cpu(), skipped)
 
@@ -417,14 +486,47 @@ class PPOLearner:
         """One optimizer step from the gradients gathered; their norm before clipping. `numbers` explain a failure."""
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
+        total = whole(norm).item()
+        if not math.isfinite(total):
             self._optimizer.zero_grad()
-            raise NonFiniteLossError(f"the norm of the gradient is {norm.item()}", numbers)
+            raise NonFiniteLossError(f"the norm of the gradient is {total}", numbers)
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self._trained, self.config.max_grad_norm, norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return norm.item()
+        return total
+
+    def _assess(
+        self,
+        model: nn.Module | None,
+        reference: nn.Module | None,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        *,
+        with_full_kl: bool = False,
+    ) -> Assessment:
+        assessment = assess(
+            model,
+            reference,
+            queries,
+            responses,
+            temperature=self.temperature,
+            with_full_kl=with_full_kl,
+            packed=self._packed,
+            mini_batch_size=self.config.samples_per_mini_batch,
+            pad_id=self._pad_id,
+            device=self._device,
+            ranks=self._ranks,
+        )
+        for each in (model, reference):
+            if each is not None:
+                part_again(each)
+        return assessment
+
+    def _rows(self, share: Share) -> ResponseRows:
+        return collate(
+            share.own_queries, share.own_responses, packed=self._packed, pad_id=self._pad_id, device=self._device
+        )
 
 
 def _ragged(padded: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -452,9 +554,12 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
     enable()
 
 
-def _refuse_unsupported(accelerator: Any) -> None:
-    if accelerator.num_processes != 1:
-        raise ValueError(f"the accelerator has {accelerator.num_processes} processes: the learner works in one so far")
+def _refuse_unsupported(accelerator: Any, ranks: Ranks) -> None:
+    if accelerator.num_processes != ranks.count:
+        raise ValueError(
+            f"the accelerator has {accelerator.num_processes} processes, the learner {ranks.count}: python -m trainer "
+            "trains in several, PPOTrainer in one"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"the accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps}: "

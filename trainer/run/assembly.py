@@ -11,6 +11,7 @@ import yaml
 
 from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
+from trainer.learning.ranks import ALONE, Ranks
 from trainer.metrics import TrainerMetrics
 from trainer.run.checkpoints import RunState, load_learner_state
 from trainer.run.journal import Journal
@@ -37,13 +38,20 @@ _FREE_TO_CHANGE = frozenset(
         *("run_dir", "run_id", "resume", "model", "policy_server", "reward_server"),
         *("policy_timeout", "reward_timeout", "publish_timeout", "rollout_concurrency"),
         *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track"),
-        *("check", "check_patience", "max_logprob_gap", "other_reference"),
+        *("check", "check_patience", "processes", "max_logprob_gap", "other_reference"),
     }
 )
 
 
-async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: Progress, waits: WaitBoard) -> int:
-    """One start of a run, until it is finished or stopped; returns the exit code.
+async def run(
+    settings: TrainerSettings,
+    *,
+    metrics: TrainerMetrics,
+    progress: Progress,
+    waits: WaitBoard,
+    ranks: Ranks = ALONE,
+) -> int:
+    """One start of a run, until it is finished or stopped, led by this process; returns the exit code.
 
     The caller holds the lock of the run's folder.
     """
@@ -57,7 +65,7 @@ async def run(settings: TrainerSettings, *, metrics: TrainerMetrics, progress: P
     with bound_context(run_id=identity.run_id):
         prepare_torch(settings)
         async with Servers(settings, run_id=identity.run_id, watch=waits.watch, metrics=metrics) as servers:
-            preflight = Preflight(settings, start, servers)
+            preflight = Preflight(settings, start, servers, ranks=ranks)
             try:
                 await stop.interruptible(preflight.require())
             except Stopped:
@@ -152,10 +160,9 @@ def _parts(
         for tracker in trackers:
             closing.callback(tracker.close)
         yield Parts(
-            model=loaded.model,
             tokenizer=loaded.tokenizer,
             learner=preflight.learner,
-            local_reference=loaded.reference,
+            served_reference=loaded.reference is None,
             prompts=preflight.prompts,
             held_out=preflight.held_out,
             policy=servers.fleet,
@@ -178,7 +185,6 @@ def _plan(settings: TrainerSettings) -> Plan:
         save_every=settings.save_every,
         sample_lines=settings.sample_lines,
         seed=settings.seed,
-        temperature=settings.temperature,
         max_staleness=settings.max_staleness,
         oversample=settings.oversample,
     )

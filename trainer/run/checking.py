@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from rlhf.config import EX_CONFIG
+from trainer.learning.ranks import ALONE, Ranks
 from trainer.metrics import TrainerMetrics
 from trainer.run.findings import Finding, Outcome, table
 from trainer.run.loading import prepare_torch
@@ -16,7 +17,7 @@ from trainer.run.waiting import Patience
 from trainer.settings import TrainerSettings
 
 
-async def check(settings: TrainerSettings) -> tuple[str, int]:
+async def check(settings: TrainerSettings, ranks: Ranks = ALONE) -> tuple[str, int]:
     """The table of every check and the exit code: 0, or 78 when one failed. Nothing is written or published."""
     start, found = _check_run_folder(settings)
     findings = [found]
@@ -25,7 +26,7 @@ async def check(settings: TrainerSettings) -> tuple[str, int]:
         patience = Patience(settings.check_patience)
         metrics = TrainerMetrics(CollectorRegistry())
         async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch, metrics=metrics) as servers:
-            findings += await Preflight(settings, start, servers, patience=patience).report()
+            findings += await Preflight(settings, start, servers, ranks=ranks, patience=patience).report()
     failed = any(finding.outcome is Outcome.FAILED for finding in findings)
     return table(findings), EX_CONFIG if failed else 0
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainer.clients.rewards import Scored
-from trainer.responses.rows import collate
-from trainer.responses.scoring import logprobs_under
+from trainer.learning.learner import PPOLearner
 from trainer.run.rollouts import Rollout
 
 
@@ -49,26 +47,14 @@ def summarize(rollouts: Sequence[Rollout], reference_logprobs: Sequence[Sequence
     )
 
 
-@torch.no_grad()
-def logprobs_of(
-    reference: nn.Module, rollouts: Sequence[Rollout], *, temperature: float, pad_id: int, rows_at_once: int
-) -> list[list[float] | None]:
-    """A local reference's log-probabilities of each completion's tokens; None for a completion without tokens."""
-    device = next(reference.parameters()).device
+def logprobs_of(learner: PPOLearner, rollouts: Sequence[Rollout]) -> list[list[float] | None]:
+    """The learner's reference's log-probabilities of each completion's tokens; None for one without tokens."""
     result: list[list[float] | None] = [None] * len(rollouts)
     sampled = [index for index, rollout in enumerate(rollouts) if rollout.generation.token_ids]
-    for start in range(0, len(sampled), rows_at_once):
-        chosen = sampled[start : start + rows_at_once]
-        responses = [torch.tensor(rollouts[index].generation.token_ids) for index in chosen]
-        rows = collate(
-            [torch.tensor(rollouts[index].prompt.token_ids) for index in chosen],
-            responses,
-            packed=False,
-            pad_id=pad_id,
-            device=device,
-        )
-        logprobs = logprobs_under(reference, rows, temperature)
-        for index, values in zip(chosen, rows.unpacked(logprobs), strict=True):
+    queries = [torch.tensor(rollouts[index].prompt.token_ids) for index in sampled]
+    responses = [torch.tensor(rollouts[index].generation.token_ids) for index in sampled]
+    if sampled:
+        for index, values in zip(sampled, learner.reference_logprobs(queries, responses), strict=True):
             result[index] = values.tolist()
     return result
 

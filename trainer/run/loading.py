@@ -16,16 +16,17 @@ from accelerate.accelerator import Accelerator
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.fingerprints import tokenizer_digest
+from rlhf.fingerprints import tokenizer_digest, weights_digest
 from rlhf.logs import get_logger
 from rlhf.memory import keep_freed_memory
 from trainer.learning.learner import PPOLearner
+from trainer.learning.ranks import Ranks
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
 from trainer.run.seeds import derive_seed
-from trainer.settings import ReferencePlace, TrainerSettings
+from trainer.settings import ReferencePlace, Sharding, TrainerSettings
 
 _log = get_logger(__name__)
 
@@ -42,7 +43,14 @@ class LoadedModel:
     tokenizer: Any
     tokenizer_digest: str
     reference: PreTrainedModel | None
+    reference_digest: str
+    """Of `reference`; empty if there is none."""
     max_prompt_tokens: int
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padding, which is masked everywhere: any id will do."""
+        return self.tokenizer.pad_token_id or 0
 
     @property
     def logit_columns(self) -> int:
@@ -95,6 +103,7 @@ def load_model(settings: TrainerSettings, checkpoint: Path | None) -> LoadedMode
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(tokenizer),
         reference=reference,
+        reference_digest="" if reference is None else weights_digest(reference.named_parameters(), torch.float32),
         max_prompt_tokens=_max_prompt_tokens(settings, _context_tokens(model)),
     )
 
@@ -123,18 +132,29 @@ def usable_prompts(records: Sequence[Record], loaded: LoadedModel) -> list[Promp
     return usable
 
 
-def new_learner(settings: TrainerSettings, loaded: LoadedModel) -> PPOLearner:
+def new_learner(
+    settings: TrainerSettings,
+    model: AutoModelForCausalLMWithValueHead,
+    reference: PreTrainedModel | None,
+    *,
+    pad_id: int,
+    ranks: Ranks,
+) -> PPOLearner:
     """A learner that has trained nothing yet; raises SettingsError for what the model can't do."""
+    # As `join_ranks` has it: accelerate keeps one state for the whole process.
+    cpu = ranks.count > 1 and not torch.accelerator.is_available()
     try:
         return PPOLearner(
-            loaded.model,
+            model,
             settings.ppo_config(),
-            reference=loaded.reference,
-            tokenizer_pad_id=loaded.tokenizer.pad_token_id or 0,
+            reference=reference,
+            tokenizer_pad_id=pad_id,
             temperature=settings.temperature,
             old_logprobs=settings.old_logprobs.value,
             importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
-            accelerator=Accelerator(mixed_precision=settings.mixed_precision.value),
+            accelerator=Accelerator(mixed_precision=settings.mixed_precision.value, cpu=cpu),
+            ranks=ranks,
+            sharded=settings.sharding is Sharding.FSDP,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error

@@ -22,7 +22,6 @@ from trainer.clients.rewards import Scored
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
 from trainer.metrics import TrainerMetrics
-from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.agreement import Agreement
 from trainer.run.checkpoints import CheckpointStore, RunState, save_model
 from trainer.run.heldout import logprobs_of, sample_line, summarize
@@ -51,7 +50,6 @@ class Plan:
     save_every: int
     sample_lines: int
     seed: int
-    temperature: float
     max_staleness: int
     oversample: float
 
@@ -65,10 +63,9 @@ class Plan:
 class Parts:
     """What the loop drives; each is ready to use."""
 
-    model: AutoModelForCausalLMWithValueHead
     tokenizer: Any
     learner: PPOLearner
-    local_reference: torch.nn.Module | None
+    served_reference: bool
     prompts: PromptSource
     held_out: Sequence[Prompt]
     policy: PolicyFleet
@@ -154,7 +151,7 @@ class TrainingLoop:
                 lambda: save_model(
                     folder,
                     step=self.state.completed_step,
-                    model=self._parts.model,
+                    model=self._parts.learner,
                     tokenizer=self._parts.tokenizer,
                 )
             )
@@ -291,18 +288,9 @@ class TrainingLoop:
         self._parts.progress.evaluated(step, numbers)
 
     async def _reference_logprobs(self, rollouts: Sequence[Rollout]) -> Sequence[Sequence[float] | None]:
-        reference = self._parts.local_reference
-        if reference is None:
+        if self._parts.served_reference:
             return [rollout.reference_logprobs for rollout in rollouts]
-        return await self._in_model_thread(
-            lambda: logprobs_of(
-                reference,
-                rollouts,
-                temperature=self._plan.temperature,
-                pad_id=0,
-                rows_at_once=self._parts.learner.config.samples_per_mini_batch,
-            )
-        )
+        return await self._in_model_thread(lambda: logprobs_of(self._parts.learner, rollouts))
 
     def _report_step(
         self,
@@ -383,7 +371,7 @@ class TrainingLoop:
     def _write_checkpoint(self) -> None:
         self._parts.checkpoints.save(
             self.state,
-            model=self._parts.model,
+            model=self._parts.learner,
             tokenizer=self._parts.tokenizer,
             learner_state=self._parts.learner.state_dict(),
         )

@@ -22,16 +22,17 @@ from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
 from trainer.clients.rewards import REWARD_SERVICE, RewardChangedError, RewardInfo
 from trainer.clients.weight_files import empty_folder
 from trainer.learning.learner import PPOLearner
+from trainer.learning.ranks import ALONE, Ranks
 from trainer.run.agreement import PROBE_PROMPTS, Agreement, DisagreementError, Probe, gap_limit
 from trainer.run.checkpoints import CheckpointError, Pins
 from trainer.run.findings import Finding, NotCheckedError, Outcome
+from trainer.run.following import leading_learner
 from trainer.run.loading import (
     LoadedData,
     LoadedModel,
     SettingsError,
     load_data,
     load_model,
-    new_learner,
     usable_prompts,
 )
 from trainer.run.pinning import (
@@ -104,9 +105,16 @@ class Preflight:
     """The served one, if the run uses it and it may be compared with the model that this start loads."""
 
     def __init__(
-        self, settings: TrainerSettings, start: Start, servers: Servers, *, patience: Patience | None = None
+        self,
+        settings: TrainerSettings,
+        start: Start,
+        servers: Servers,
+        *,
+        ranks: Ranks = ALONE,
+        patience: Patience | None = None,
     ) -> None:
-        """`patience`: of the servers' clients; None = they wait for as long as it takes."""
+        """`ranks`: who trains, led by this process. `patience`: of the servers' clients; None = they wait for ever."""
+        self._ranks = ranks
         self._settings = settings
         self._start = start
         self._servers = servers
@@ -170,7 +178,7 @@ class Preflight:
 
     async def _check_model(self) -> str:
         self.model = await asyncio.to_thread(load_model, self._settings, self._start.checkpoint)
-        self.learner = new_learner(self._settings, self.model)
+        self.learner = await asyncio.to_thread(leading_learner, self._settings, self.model, self._ranks)
         model = self.model.model.pretrained_model
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         source = self._start.checkpoint or self._settings.model
@@ -290,7 +298,7 @@ class Preflight:
         stored = self._start.stored
         if self.model.reference is not None:
             said = "the trainer's own"
-            self.reference_digest = weights_digest(self.model.reference.named_parameters(), torch.float32)
+            self.reference_digest = self.model.reference_digest
         else:
             served = await self._served_reference()
             self.reference_digest = served.weights_digest
@@ -369,7 +377,7 @@ class Preflight:
     def _digest(self, dtype: torch.dtype) -> str:
         """Of the model that this start loads, in a server's type."""
         if dtype not in self._digests:
-            self._digests[dtype] = weights_digest(self.model.model.pretrained_model.named_parameters(), dtype)
+            self._digests[dtype] = weights_digest(self.learner.policy_parameters(), dtype)
         return self._digests[dtype]
 
     async def _ask(self, server: _Server, question: Awaitable[T], method: str) -> T:
