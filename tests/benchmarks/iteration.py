@@ -58,7 +58,7 @@ class Work:
     prompt_tokens: int = 16
     new_tokens: int = 64
     epochs: int = 1
-    steps: int = 7
+    steps: int = 6
     """Of a run, with the first WARM_UP, which don't count."""
     rounds: int = 2
 
