@@ -123,10 +123,9 @@ def test_what_strangers_send_is_not_even_read(served: Served, bounded: Callable[
 
 def test_a_flood_of_pings_ends_the_connection(served: Served, bounded: Callable[[], str]) -> None:
     with Http2Client(served.address) as client:
-        with contextlib.suppress(OSError):
-            for _ in range(10_000):
-                client.send(ping())
-        assert client.wait_closed(within=20)
+        # One at a time: bytes that cross with the server's last word would make the kernel throw that away.
+        ended = any(_ping_ends(client) for _ in range(1000))
+        assert ended
         assert client.goaway == b"too_many_pings"
     assert bounded() == "OK"
 
@@ -182,6 +181,13 @@ def test_calls_that_are_begun_and_reset_at_once_do_no_harm(served: Served, bound
                 client.begin(1 + 2 * number, SCORE, *headers(token_of("admin")))
                 client.send(_reset(1 + 2 * number))
         assert bounded() == "OK"
+
+
+def _ping_ends(client: Http2Client) -> bool:
+    """Whether the connection ends at, or before, one more ping."""
+    with contextlib.suppress(OSError):
+        client.send(ping())
+    return client.wait_closed(within=0.02)
 
 
 def _is_ended(connection: socket.socket) -> bool:

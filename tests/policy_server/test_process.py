@@ -105,7 +105,7 @@ def test_questions_about_settings_are_answered_without_torch(argument: str) -> N
     ("flags", "status", "words"),
     [
         (["--model", "no/where"], 78, "cannot load the model"),
-        (["--listen", "192.0.2.1:1"], 1, "192.0.2.1:1"),
+        (["--listen", "192.0.2.1:1", "--insecure"], 1, "192.0.2.1:1"),
     ],
 )
 def test_what_keeps_it_from_starting_is_one_line(
