@@ -313,6 +313,8 @@ class PolicyFleet:
                 else:
                     await replica.publisher.publish(weights.tensors, weights.version)
                     await replica.client.wait_ready(within=_READY_SECONDS)
+                    if replica.holds is None:
+                        replica.room = (await replica.client.get_model()).max_running_completions
             except TakenOverError as error:
                 self._error = error
             except Exception as error:

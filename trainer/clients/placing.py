@@ -22,21 +22,23 @@ class Place:
 
 
 def best_for(place: Place, replicas: Collection[Replica], concurrency: int) -> Replica | None:
-    """The one with the fewest calls in flight among those that can take it now.
+    """The one with the fewest calls in flight, for its room, among those that can take it now.
 
-    `concurrency` Generate calls in flight are shared evenly by the replicas that answer: what a slow one does not take
-    waits for whoever is free first.
+    `concurrency` Generate calls in flight are shared by the replicas that answer, in proportion to the room they tell,
+    or evenly where one tells none: what a slow one does not take waits for whoever is free first.
     """
     answering = [replica for replica in replicas if replica.state is ReplicaState.USABLE]
-    share = math.ceil(concurrency / max(1, len(answering)))
+    told = all(replica.room for replica in answering)
+    room = {replica.target: replica.room if told else 1 for replica in answering}
+    in_all = sum(room.values())
     free = [
         replica
         for replica in answering
         if replica.has(place.needed, or_later=place.or_later)
         and not replica.is_full()
-        and (replica.generating < share or not place.generates)
+        and (not place.generates or replica.generating < math.ceil(concurrency * room[replica.target] / in_all))
     ]
-    return min(free, key=lambda replica: replica.in_flight, default=None)
+    return min(free, key=lambda replica: replica.in_flight / room[replica.target], default=None)
 
 
 def why_nobody_answers(replicas: Collection[Replica]) -> tuple[str, str] | None:

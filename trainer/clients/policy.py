@@ -80,6 +80,8 @@ class ModelInfo:
     max_context_tokens: int
     max_message_bytes: int
     max_log_probs_tokens: int
+    max_running_completions: int
+    """0 = it doesn't tell."""
     processed_logprobs: bool
 
     def log_probs_groups(self, lengths: Sequence[int], *, rows: int) -> Iterator[range]:
@@ -162,6 +164,7 @@ class PolicyClient:
             max_context_tokens=answer.max_context_tokens,
             max_message_bytes=answer.max_message_bytes,
             max_log_probs_tokens=answer.max_log_probs_tokens,
+            max_running_completions=answer.max_running_completions,
             processed_logprobs=policy_pb2.LOG_PROB_KIND_PROCESSED in answer.logprobs,
         )
 

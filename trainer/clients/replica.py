@@ -33,6 +33,8 @@ class Replica:
     why: str = "it has not answered yet"
     """Why it is away or refused, for people."""
     holds: WeightsVersion | None = None
+    room: int = 0
+    """Completions that it can run at a time; 0 = it doesn't tell."""
     generating: int = 0
     """Generate calls in flight."""
     in_flight: int = 0

@@ -152,6 +152,23 @@ async def test_calls_are_spread_and_whoever_answers_first_gets_the_next() -> Non
         await asyncio.gather(*calls)
 
 
+async def test_a_server_with_three_times_the_room_gets_three_times_the_calls() -> None:
+    large, small = Server(), Server()
+    large.policy.model.max_running_completions, small.policy.model.max_running_completions = 48, 16
+    large.policy.gate.clear()
+    small.policy.gate.clear()
+    async with fleet_of(small, large, concurrency=8) as run:
+        version = await run.publish(1)
+        await run.everyone_holds(version)
+        calls = [asyncio.create_task(run.generate(version, seed=seed)) for seed in range(20)]
+        await reached(lambda: len(large.policy.calls) + len(small.policy.calls) == 8)
+
+        assert (len(large.policy.calls), len(small.policy.calls)) == (6, 2)
+        large.policy.gate.set()
+        small.policy.gate.set()
+        await asyncio.gather(*calls)
+
+
 async def test_a_call_that_fails_for_a_passing_reason_goes_to_another_replica_as_it_is() -> None:
     broken, well = Server(HeldPolicy(unavailable("draining"))), Server()
     async with fleet_of(broken, well) as run:

@@ -157,6 +157,7 @@ def info(**limits: int) -> ModelInfo:
         vocab_size=257,
         eos_token_ids=(),
         max_context_tokens=2**21,
+        max_running_completions=0,
         processed_logprobs=True,
         **limits,
     )

@@ -25,6 +25,7 @@ SERVED = ModelInfo(
     max_context_tokens=128,
     max_message_bytes=0,
     max_log_probs_tokens=0,
+    max_running_completions=0,
     processed_logprobs=True,
 )
 NEEDS = Needs(tokenizer_digest="sha256:bb", logit_columns=257, context_tokens=128)
