@@ -31,6 +31,21 @@ NOTHING = """
 def reward(prompts, completions, **columns):
     return [None] * len(prompts)
 """
+# Something lies in the way of checkpoints until 17 samples are scored, or for good.
+BLOCKING = """
+import pathlib
+OBSTACLE = pathlib.Path(__file__).parent / "RUN" / "checkpoints" / ".partial-obstacle"
+scored = 0
+def reward(prompts, completions, **columns):
+    global scored
+    scored += len(completions)
+    OBSTACLE.parent.mkdir(parents=True, exist_ok=True)
+    if FOR_GOOD or scored < 17:
+        OBSTACLE.touch()
+    else:
+        OBSTACLE.unlink(missing_ok=True)
+    return [0.5] * len(completions)
+"""
 
 
 def generated(policy: ProcessUnderTest) -> float:
@@ -85,3 +100,23 @@ def test_steps_without_a_sample_change_no_weights_and_publish_nothing(world: Wor
     start = load_file(world.model / "model.safetensors")
     end = world.final_parameters("nothing")
     assert all(torch.equal(end[name], start[name]) for name in start)
+
+
+def test_checkpoints_that_fail_are_written_later_and_the_run_goes_on(world: World) -> None:
+    source = BLOCKING.replace("RUN", "blocked").replace("FOR_GOOD", "False")
+    reward = world.reward_server(source, name="blocking")
+    trainer = world.trainer("blocked", reward=reward, eval_prompts=0, save_every=2)
+    assert_finished(trainer)
+
+    steps = [folder.name for folder in sorted((world.folder / "blocked" / "checkpoints").iterdir())]
+    assert steps == ["step-000003", "step-000004", "step-000005"]
+    assert trainer.log_text().count("tries again after the next step") == 1
+
+
+def test_the_third_checkpoint_that_fails_in_a_row_stops_the_run(world: World) -> None:
+    source = BLOCKING.replace("RUN", "blocked-for-good").replace("FOR_GOOD", "True")
+    reward = world.reward_server(source, name="blocking_for_good")
+    trainer = world.trainer("blocked-for-good", reward=reward, eval_prompts=0)
+
+    assert trainer.wait_exit(within=120) == 1
+    assert world.steps_done("blocked-for-good") == 3

@@ -38,6 +38,9 @@ _log = get_logger(__name__)
 
 T = TypeVar("T")
 
+# A disk may be away for a moment; without a checkpoint for longer, a kill would cost too much.
+_CHECKPOINT_ATTEMPTS = 3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,6 +84,7 @@ class TrainingLoop:
         self._parts = parts
         self._stop = stop
         self._learning = False
+        self._failed_checkpoints = 0  # in a row
         self._seconds: dict[str, float] = {}
         # One thread makes every torch call, so that signals, displays and retries stay alive meanwhile.
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -96,6 +100,7 @@ class TrainingLoop:
         self._parts.metrics.incarnation.set(self.state.incarnation)
         self._parts.metrics.step.set(self.state.completed_step)
         self._parts.progress.resumed_at(self.state.completed_step)
+        self._show_checkpoint()
         with self._phase("publish"):
             await self._stop.interruptible(self._publish())
         await self._stop.interruptible(self._require_agreement())
@@ -104,19 +109,46 @@ class TrainingLoop:
                 with self._phase("evaluate"):
                     await self._evaluate()
             finished = self.state.completed_step >= self._plan.steps
-            if finished or (self.state.completed_step and self.state.completed_step % self._plan.save_every == 0):
-                await self.save()
+            if self._checkpoint_is_due():
+                await self._save_or_try_again()
             if finished:
+                await self.save()
                 return
             with bound_context(step=self.state.completed_step + 1):
                 await self._train_one_step()
 
     async def save(self) -> None:
         """Write a checkpoint of the boundary that the run is at."""
-        with self._phase("checkpoint"):
+        with self._phase("checkpoint"), self._parts.metrics.checkpoint_failures.count_exceptions():
             self.state = replace(self.state, log_offsets=self._parts.records.sync())
             await self._in_model_thread(self._write_checkpoint)
+        self._failed_checkpoints = 0
         self._parts.metrics.checkpoints.inc()
+        self._show_checkpoint()
+
+    async def _save_or_try_again(self) -> None:
+        """Write a checkpoint, or leave it to the next boundary; the last attempt's failure is raised."""
+        try:
+            await self.save()
+        except Exception:  # safetensors and torch have their own for a full disk
+            self._failed_checkpoints += 1
+            if self._failed_checkpoints == _CHECKPOINT_ATTEMPTS:
+                raise
+            _log.exception(
+                "the checkpoint could not be written; the run goes on and tries again after the next step",
+                step=self.state.completed_step,
+                attempt=self._failed_checkpoints,
+                attempts=_CHECKPOINT_ATTEMPTS,
+            )
+
+    def _show_checkpoint(self) -> None:
+        """Tell the metrics which checkpoint a kill would go back to."""
+        newest, metrics = self._parts.checkpoints.latest(), self._parts.metrics
+        if newest is None:
+            metrics.checkpoint_timestamp.set_to_current_time()
+            return
+        metrics.checkpoint_timestamp.set(newest.stat().st_mtime)
+        metrics.checkpoint_bytes.set(sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()))
 
     async def export(self, folder: Path) -> None:
         """Write the model and its tokenizer to `folder`, as transformers loads them."""
@@ -187,6 +219,12 @@ class TrainingLoop:
         if not self._parts.held_out or self.state.evaluated_step == step:
             return False
         return step in (0, self._plan.steps) or (every > 0 and step % every == 0)
+
+    def _checkpoint_is_due(self) -> bool:
+        step = self.state.completed_step
+        if step in (0, self._plan.steps):  # the last one has no later boundary to be left to
+            return False
+        return step % self._plan.save_every == 0 or self._failed_checkpoints > 0
 
     async def _evaluate(self) -> None:
         step = self.state.completed_step
