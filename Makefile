@@ -13,7 +13,7 @@ JOBS   ?= 2
 EXAMPLES ?= go rust typescript java cpp python
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rlhf-services/cargo
 
-.PHONY: help setup demo test test-all examples check protos bench constraints clean
+.PHONY: help setup demo test test-all examples check protos monitoring bench constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,7 +56,7 @@ BUILD_AND_TEST_java       = mvn -B -ntp -q package
 BUILD_AND_TEST_cpp        = cmake -S . -B build && cmake --build build -j$(JOBS) && ctest --test-dir build --output-on-failure
 BUILD_AND_TEST_python     = python -m pytest -q -p no:asyncio
 
-check: $(READY) ## Lint, format, types, contract lint, and drift of the committed stubs
+check: $(READY) ## Lint, format, types, contract lint, and drift of what is made and committed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -65,10 +65,14 @@ check: $(READY) ## Lint, format, types, contract lint, and drift of the committe
 	$(BIN)/buf format protos --diff --exit-code
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/protos.py --breaking
+	$(BIN)/python scripts/monitoring.py --check
 
 protos: $(READY) ## Regenerate the committed stubs from protos/
 	$(BIN)/buf format protos --write
 	$(BIN)/python scripts/protos.py
+
+monitoring: $(READY) ## Make the PrometheusRule and the dashboards of k8s/monitoring/ again
+	$(BIN)/python scripts/monitoring.py
 
 bench: $(READY) .venv-trl/.ready ## Run the benchmarks and print their tables
 	$(BIN)/python -m tests.benchmarks

@@ -75,6 +75,7 @@ async def add_services(server: Server, settings: PolicySettings) -> Engine:
     began = time.perf_counter()
     models, engine = _load(settings)
     await engine.start()
+    metrics.QUEUE_LIMIT_REQUESTS.set(settings.max_queue_requests)
     metrics.CACHE_LIMIT_BYTES.set(engine.cache_limit_bytes)
     _log.info(
         "loaded",

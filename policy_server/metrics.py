@@ -11,6 +11,7 @@ _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 QUEUED_REQUESTS = Gauge("rlhf_policy_queued_requests", "Requests that wait for their first forward.", ["kind"])
+QUEUE_LIMIT_REQUESTS = Gauge("rlhf_policy_queue_limit_requests", "Requests that may wait, of all kinds together.")
 RUNNING_COMPLETIONS = Gauge("rlhf_policy_running_completions", "Completions that hold a row of a batch.")
 CACHE_BYTES = Gauge("rlhf_policy_cache_bytes", "Memory that the key-value caches of these completions hold.")
 CACHE_LIMIT_BYTES = Gauge("rlhf_policy_cache_limit_bytes", "Memory that key-value caches may hold.")
@@ -42,6 +43,8 @@ SWAP_SECONDS = Histogram(
     buckets=_LATENCY_BUCKETS,
 )
 UPDATES = Counter("rlhf_policy_weights_updates_total", "Weight updates by how they ended.", ["outcome"])
+for outcome in ("applied", "failed"):
+    UPDATES.labels(outcome)  # shown before the first: nobody sees a counter rise that begins at 1
 STAGED_BYTES = Gauge("rlhf_policy_weights_staged_bytes", "Memory held for weight updates.")
 WEIGHTS_INFO = Gauge("rlhf_policy_weights_info", "1 for the run whose weights are live; empty = none yet.", ["run_id"])
 WEIGHTS_INCARNATION = Gauge("rlhf_policy_weights_incarnation", "Incarnation of the live weights.")

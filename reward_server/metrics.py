@@ -34,6 +34,7 @@ REWARD = Histogram(
     buckets=(-100, -10, -3, -1, -0.75, -0.5, -0.25, 0, 0.25, 0.5, 0.75, 1, 3, 10, 100),
 )
 QUEUE_SAMPLES = Gauge("rlhf_reward_queue_samples", "Samples that wait or run.", _LABELS)
+QUEUE_LIMIT_SAMPLES = Gauge("rlhf_reward_queue_limit_samples", "Samples that may wait or run.", _LABELS)
 RUNNING_BATCHES = Gauge("rlhf_reward_running_batches", "Batches that run.", _LABELS)
 SAMPLES_REPEATED = Counter(
     "rlhf_reward_samples_repeated_total", "Samples asked for again: remembered, or running for another call.", _LABELS
@@ -44,11 +45,12 @@ REMEMBERED_SAMPLES = Gauge("rlhf_reward_remembered_samples", "Final outcomes in 
 class RewardMetrics:
     """The metrics of one reward, their labels looked up once: that costs microseconds."""
 
-    def __init__(self, kind: str, component: str) -> None:
+    def __init__(self, kind: str, component: str, *, max_queue_samples: int) -> None:
         self._labels = (kind, component)
         self.batch_seconds = BATCH_SECONDS.labels(*self._labels)
         self.batch_samples = BATCH_SAMPLES.labels(*self._labels)
         self.queue_samples = QUEUE_SAMPLES.labels(*self._labels)
+        QUEUE_LIMIT_SAMPLES.labels(*self._labels).set(max_queue_samples)
         self.running_batches = RUNNING_BATCHES.labels(*self._labels)
         self.repeated = SAMPLES_REPEATED.labels(*self._labels)
         self.remembered_samples = REMEMBERED_SAMPLES.labels(*self._labels)

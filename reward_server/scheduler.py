@@ -69,7 +69,7 @@ class Scheduler:
         self._by_group = reward.description.scope is Scope.GROUP
         self._max_queue_samples = limits.max_queue_samples
         self._memory = OutcomeMemory(limits.remember_samples)
-        self._metrics = metrics.RewardMetrics(reward.kind, component)
+        self._metrics = metrics.RewardMetrics(reward.kind, component, max_queue_samples=limits.max_queue_samples)
         self._slots = asyncio.Semaphore(reward.concurrency)
         self._jobs: dict[SampleKey, _Job] = {}
         self._running: set[asyncio.Task[None]] = set()

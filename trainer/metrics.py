@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
@@ -25,6 +29,12 @@ class TrainerMetrics:
         self._statistics: dict[str, Gauge | None] = {}
         self._components: set[str] = set()
         self._codes: set[str] = set()
+        self._run_info = Gauge(
+            "rlhf_trainer_run_info", "1 for the run that this process trains.", ["run_id"], registry=registry
+        )
+        self._finished = Gauge(
+            "rlhf_trainer_finished", "1 once the run's last checkpoint and its model are written.", registry=registry
+        )
         self.step = Gauge("rlhf_trainer_step", "Completed PPO steps of the run.", registry=registry)
         self.steps_planned = Gauge(
             "rlhf_trainer_steps_planned", "PPO steps after which the run ends.", registry=registry
@@ -97,6 +107,48 @@ class TrainerMetrics:
             registry=registry,
         )
         self.checkpoints = Counter("rlhf_trainer_checkpoints", "Checkpoints written.", registry=registry)
+        self.checkpoint_timestamp = Gauge(
+            "rlhf_trainer_checkpoint_timestamp_seconds",
+            "When the newest checkpoint was written; while there is none, when the first step could begin.",
+            registry=registry,
+        )
+        self.checkpoint_bytes = Gauge(
+            "rlhf_trainer_checkpoint_bytes", "Size of the newest checkpoint; 0 while there is none.", registry=registry
+        )
+        self._run_dir_free = Gauge(
+            "rlhf_trainer_run_dir_free_bytes", "Room on the disk of the run's folder.", registry=registry
+        )
+        self._run_dir_size = Gauge(
+            "rlhf_trainer_run_dir_size_bytes", "Size of the disk of the run's folder.", registry=registry
+        )
+        self._kl_target = Gauge(
+            "rlhf_trainer_kl_target",
+            "KL that the run is to keep near, in nats per completion (--target).",
+            registry=registry,
+        )
+        self._logprob_gap_limit = Gauge(
+            "rlhf_trainer_logprob_gap_limit",
+            "Gap between trainer and policy server above which a step warns, in nats per token.",
+            registry=registry,
+        )
+
+    def describe_run(self, run_id: str, folder: Path, *, kl_target: float, logprob_gap_limit: float) -> None:
+        """What stays as it is while the process lives, and the disk of the run's folder, looked at by every scrape."""
+        self._run_info.labels(run_id=run_id).set(1)
+        self._kl_target.set(kl_target)
+        self._logprob_gap_limit.set(logprob_gap_limit)
+        self._run_dir_free.set_function(lambda: _disk(folder)[1])
+        self._run_dir_size.set_function(lambda: _disk(folder)[0])
+
+    def finish(self, seen: Callable[[], object]) -> None:
+        """Say that the run is over; `seen` is called, on a thread of the endpoint's, by every scrape that tells so."""
+
+        def finished() -> float:
+            with contextlib.suppress(RuntimeError):  # the event loop that wanted to know has ended
+                seen()
+            return 1.0
+
+        self._finished.set_function(finished)
 
     def set_statistics(self, statistics: Mapping[str, float | None]) -> None:
         """One gauge per statistic: `objective/kl` becomes rlhf_trainer_objective_kl; None (undefined) becomes NaN.
@@ -136,3 +188,12 @@ class TrainerMetrics:
         except ValueError:
             _log.warning("a statistic has the name of another metric and is not shown there", name=name, metric=metric)
             return None
+
+
+def _disk(folder: Path) -> tuple[float, float]:
+    """Size and free bytes of the folder's disk; NaN when it is gone, as the other metrics matter all the more then."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.nan, math.nan
+    return usage.total, usage.free

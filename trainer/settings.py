@@ -265,6 +265,13 @@ class TrainerSettings(PPOConfig, AccessSettings):
         default_factory=list, description="Trackers beside metrics.jsonl: tensorboard, wandb"
     )
 
+    metrics_linger: float = Field(
+        0.0,
+        ge=0,
+        description="After the end, how long to wait for one more scrape of the metrics, which then tells of it",
+        json_schema_extra=_unit("seconds"),
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_log_probabilities_leave_out(cls, values: Any) -> Any:

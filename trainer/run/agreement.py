@@ -82,11 +82,11 @@ class Agreement:
         limit: float,
         models: Sequence[ModelInfo],
     ) -> None:
-        """`models`: those of the server that must hold the trainer's weights."""
+        """`models`: those of the server that must hold the trainer's weights. `limit`: nats per token."""
         self.probe = probe
         self._policy = policy
         self._temperature = temperature
-        self._limit = limit
+        self.limit = limit
         self._models = models
         self._above = False
 
@@ -104,25 +104,25 @@ class Agreement:
                 weights=None if served.model == REFERENCE else weights,
             )
             gaps[served.model] = gap = (ours - theirs).abs().mean().item()
-            if not gap <= self._limit:  # nor is NaN
+            if not gap <= self.limit:  # nor is NaN
                 raise DisagreementError(
                     f"policy server {self._policy.target} computes other log-probabilities than the trainer: for the "
                     f"same tokens its {served.model}, served in {served.serving_dtype}, is {gap:.2g} nats off on "
-                    f"average, more than --max-logprob-gap ({self._limit:g}). Serve in float32 (--dtype) with the "
+                    f"average, more than --max-logprob-gap ({self.limit:g}). Serve in float32 (--dtype) with the "
                     "trainer's --model, or raise the limit if the server's type explains the gap"
                 )
-        return ", ".join(f"{model} {gap:.1e} nats apart" for model, gap in gaps.items()) + f" (limit {self._limit:g})"
+        return ", ".join(f"{model} {gap:.1e} nats apart" for model, gap in gaps.items()) + f" (limit {self.limit:g})"
 
     def watch(self, gap: float | None) -> None:
         """Take a step's mean gap between trainer and rollout; warn when it first exceeds the limit, each time anew."""
         if gap is None:
             return
-        above = gap > self._limit
+        above = gap > self.limit
         if above and not self._above:
             _log.warning(
                 "the policy server's log-probabilities drift from the trainer's: PPO's ratios are off by as much",
                 gap_nats=round(gap, 6),
-                max_logprob_gap=self._limit,
+                max_logprob_gap=self.limit,
             )
         elif self._above and not above:
             _log.info("the policy server's log-probabilities are near the trainer's again", gap_nats=round(gap, 6))

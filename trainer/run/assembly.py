@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +39,7 @@ _FREE_TO_CHANGE = frozenset(
         *("run_dir", "run_id", "resume", "model", "policy_server", "reward_server"),
         *("policy_timeout", "reward_timeout", "publish_timeout", "rollout_concurrency"),
         *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track"),
-        *("check", "check_patience", "processes", "max_logprob_gap", "other_reference"),
+        *("check", "check_patience", "processes", "max_logprob_gap", "other_reference", "metrics_linger"),
     }
 )
 
@@ -84,8 +85,26 @@ async def run(
                 with _parts(settings, state, resumed_step, preflight, servers, journal, metrics, progress) as parts:
                     if start.checkpoint is not None:
                         parts.learner.load_state_dict(load_learner_state(start.checkpoint))
+                    metrics.describe_run(
+                        identity.run_id,
+                        settings.run_dir,
+                        kl_target=settings.target,
+                        logprob_gap_limit=preflight.agreement.limit,
+                    )
                     loop = TrainingLoop(_plan(settings), parts, state, stop)
-                    return await _run_loop(loop, model_folder(settings), stop)
+                    code = await _run_loop(loop, model_folder(settings), stop)
+        if code == 0 and settings.metrics_port != 0:
+            with contextlib.suppress(Stopped):
+                await stop.interruptible(_be_seen(metrics, within=settings.metrics_linger))
+        return code
+
+
+async def _be_seen(metrics: TrainerMetrics, *, within: float) -> None:
+    """Say that the run is finished, until a scrape has seen it or `within` seconds are over."""
+    loop, seen = asyncio.get_running_loop(), asyncio.Event()
+    metrics.finish(lambda: loop.call_soon_threadsafe(seen.set))
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(seen.wait(), within)
 
 
 async def _run_loop(loop: TrainingLoop, folder: Path, stop: StopSignal) -> int:

@@ -121,6 +121,7 @@ class TrainingLoop:
         self._parts.metrics.incarnation.set(self.state.incarnation)
         self._parts.metrics.step.set(self.state.completed_step)
         self._parts.progress.resumed_at(self.state.completed_step)
+        self._show_checkpoint()
         with self._phase("publish"):
             await self._stop.interruptible(self._publish())
         await self._stop.interruptible(self._require_agreement())
@@ -143,6 +144,16 @@ class TrainingLoop:
             await self._in_model_thread(self._write_checkpoint)
             await self._parts.journal.forget(before=self._parts.checkpoints.oldest_step())
         self._parts.metrics.checkpoints.inc()
+        self._show_checkpoint()
+
+    def _show_checkpoint(self) -> None:
+        """Tell the metrics which checkpoint a kill would go back to."""
+        newest, metrics = self._parts.checkpoints.latest(), self._parts.metrics
+        if newest is None:
+            metrics.checkpoint_timestamp.set_to_current_time()
+            return
+        metrics.checkpoint_timestamp.set(newest.stat().st_mtime)
+        metrics.checkpoint_bytes.set(sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()))
 
     async def export(self, folder: Path) -> None:
         """Write the model and its tokenizer to `folder`, as transformers loads them."""
