@@ -44,13 +44,6 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(values: dict[str,
         settings(**values)
 
 
-def test_a_run_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-
-    with pytest.raises(ConfigurationError, match="one process"):
-        settings()
-
-
 def test_a_local_reference_allows_the_full_kl() -> None:
     assert settings(kl_penalty="full", reference="trainer").ppo_config().kl_penalty.value == "full"
 

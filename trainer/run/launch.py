@@ -38,7 +38,13 @@ def join_ranks(settings: TrainerSettings) -> Ranks:
     count = 1
     if world > 1:
         # Without `cpu` accelerate would let every process train for itself where there is no accelerator.
-        count = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available()).num_processes
+        try:
+            count = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available()).num_processes
+        except (ValueError, RuntimeError) as error:
+            raise SettingsError(
+                f"WORLD_SIZE is {world}, but the processes can't connect ({error}): start all of them by accelerate "
+                "launch or torchrun"
+            ) from error
         connected = dist.get_world_size() if dist.is_initialized() else 1
         if not count == connected == world:
             raise SettingsError(
