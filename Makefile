@@ -70,7 +70,7 @@ protos: $(READY) ## Regenerate the committed stubs from protos/
 	$(BIN)/buf format protos --write
 	$(BIN)/python scripts/protos.py
 
-bench: $(READY) ## Run the benchmarks and print their tables
+bench: $(READY) .venv-trl/.ready ## Run the benchmarks and print their tables
 	$(BIN)/python -m tests.benchmarks
 
 constraints: $(READY) ## Resolve constraints.txt again after pyproject.toml changed

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             code = asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits, ranks=ranks))
     except REFUSALS as error:
-        _log.error(f"the run stops: {error}")
+        _log.error(str(error))
         code = EX_CONFIG
     except _MetricsPortError as error:
         _log.error(str(error))

@@ -75,7 +75,21 @@ class TrainerMetrics:
             registry=registry,
         )
         self.publishes = Counter(
-            "rlhf_trainer_publishes", "Weights brought live on the policy server.", registry=registry
+            "rlhf_trainer_publishes",
+            "Weights brought live on a policy server; a set counts once, however many replicas get it.",
+            registry=registry,
+        )
+        self.policy_replicas = Gauge(
+            "rlhf_trainer_policy_replicas",
+            "Policy servers known: usable, away, or refused because they are not servers of this run.",
+            ["state"],
+            registry=registry,
+        )
+        self.policy_calls = Gauge(
+            "rlhf_trainer_policy_calls_in_flight",
+            "Calls in flight to each policy server.",
+            ["replica"],
+            registry=registry,
         )
         self.checkpoints = Counter("rlhf_trainer_checkpoints", "Checkpoints written.", registry=registry)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+import re
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from rlhf.config import ProcessSettings
@@ -71,7 +72,12 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     model_config = SettingsConfigDict(env_prefix="RLHF_TRAINER_", extra="forbid")
 
     model: str = Field(description="Policy to start from: a folder or a hub name; its tokenizer is the run's")
-    policy_server: str = Field(description="Address of the policy server", json_schema_extra=_unit("host:port"))
+    policy_server: list[str] = Field(
+        min_length=1,
+        description="Addresses of the policy servers, each of them one server and no load balancer; dns:///host:port: "
+        "every address of that name, looked up again and again",
+        json_schema_extra=_unit("host:port"),
+    )
     reward_server: str = Field(description="Address of the reward server", json_schema_extra=_unit("host:port"))
     run_dir: Path = Field(description="Folder of the run's files; empty or absent unless resume is given")
     run_id: str | None = Field(
@@ -166,7 +172,28 @@ class TrainerSettings(PPOConfig, ProcessSettings):
         json_schema_extra=_unit("processes"),
     )
 
-    rollout_concurrency: int = Field(64, ge=1, description="Generate calls in flight", json_schema_extra=_unit("calls"))
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="Begin rollouts while earlier steps are learned, with weights up to so many versions old; 0: every "
+        "token is sampled by the weights that its step starts from",
+        json_schema_extra=_unit("versions"),
+    )
+    importance_sampling: bool = Field(
+        True,
+        description="With max_staleness above 0, weigh each token by how much likelier the policy has become to sample "
+        "it, at most 2",
+    )
+    oversample: float = Field(
+        0.0,
+        ge=0,
+        description="Draw so many more prompts than batch_size, as a fraction of it, begin a step when batch_size are "
+        "scored and drop the stragglers, which are long more often than not",
+        json_schema_extra=_unit("ratio"),
+    )
+    rollout_concurrency: int = Field(
+        64, ge=1, description="Generate calls in flight, over all policy servers", json_schema_extra=_unit("calls")
+    )
     weights_folder: Path | None = Field(
         None,
         description="The policy server's --weights-root as this process sees it: weights go through a file there, "
@@ -187,7 +214,8 @@ class TrainerSettings(PPOConfig, ProcessSettings):
     )
     reproducible: bool = Field(
         False,
-        description="Deterministic algorithms only: on CPU a resumed run repeats an uninterrupted one bit for bit",
+        description="Deterministic algorithms only: on CPU a resumed run repeats an uninterrupted one bit for bit; not "
+        "with max_staleness or oversample, where time decides what a step trains on",
     )
     sample_lines: int = Field(
         4, ge=0, description="Training samples per step to keep in samples.jsonl", json_schema_extra=_unit("samples")
@@ -206,6 +234,14 @@ class TrainerSettings(PPOConfig, ProcessSettings):
             )
         return values
 
+    @field_validator("policy_server")
+    @classmethod
+    def _check_policy_server(cls, servers: list[str]) -> list[str]:
+        for server in servers:
+            if not re.fullmatch(r"unix:.+|(dns:///)?([^:/\s]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}", server):
+                raise ValueError(f"{server!r} is none of host:port, unix:path and dns:///host:port")
+        return servers
+
     @model_validator(mode="after")
     def _check_run(self) -> Self:
         if self.kl_penalty is KlPenalty.FULL and self.old_logprobs is OldLogProbs.ROLLOUT:
@@ -223,6 +259,16 @@ class TrainerSettings(PPOConfig, ProcessSettings):
                 )
             if self.reference_model is not None:
                 raise ValueError("reference_model is only used with reference=trainer; give --reference to the server")
+        if self.reproducible and self.max_staleness > 0:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} can't be reproducible: how far a completion is when new weights "
+                "come is a matter of time; set max_staleness=0 or leave reproducible out"
+            )
+        if self.reproducible and self.oversample > 0:
+            raise ValueError(
+                f"oversample={self.oversample} can't be reproducible: which completions are scored first is a matter "
+                "of time; set oversample=0 or leave reproducible out"
+            )
         return self
 
     def ppo_config(self) -> PPOConfig:

@@ -1,4 +1,4 @@
-"""Run the benchmarks: `python -m tests.benchmarks [rollout latency swap logprobs score …]`."""
+"""Run the benchmarks: `python -m tests.benchmarks [rollout latency swap logprobs score step iteration …]`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks import latency, logprobs, output, rollout, roofline, score, step, swap
+from tests.benchmarks import iteration, latency, logprobs, output, rollout, roofline, score, step, swap
 from tests.benchmarks.measuring import Report
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import process_factory
@@ -25,6 +25,7 @@ BENCHMARKS: Mapping[str, Callable[..., Awaitable[Report]]] = {
     "logprobs": logprobs.measure,
     "score": score.measure,
     "step": step.measure,
+    "iteration": iteration.measure,
 }
 
 _WORK: Mapping[str, Callable[..., Any]] = {
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="which ones; none = all")
+    known = ", ".join(BENCHMARKS)
+    # argparse checks the empty list, too, that stands for no name.
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help=f"{known}; none = all")
     parser.add_argument("--large", action="store_true", help="with a model of GPT-2's size")
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model and little work: whether all runs, the figures say nothing"

@@ -35,7 +35,7 @@ def main() -> None:
     def step() -> dict[str, Any]:
         return learner.step(batch)
 
-    serve(step, model, folder / f"ours-{precision}.pt")
+    serve(step, (model, reference), folder / f"ours-{precision}.pt")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
         PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0"),
     )
     samples = read_samples(folder)
-    serve(lambda: trainer.step(*samples), trainer.model, folder / "trl.pt")
+    serve(lambda: trainer.step(*samples), (trainer.model, trainer.ref_model), folder / "trl.pt")
 
 
 if __name__ == "__main__":

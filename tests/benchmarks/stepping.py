@@ -7,10 +7,8 @@ a line of JSON.
 from __future__ import annotations
 
 import json
-import os
-import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +37,27 @@ def read_samples(folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor], 
     return queries, responses, [torch.tensor(score, dtype=torch.float32) for score in samples["scores"]]
 
 
-def serve(step: Callable[[], Mapping[str, Any]], model: torch.nn.Module, written: Path) -> None:
+def serve(step: Callable[[], Mapping[str, Any]], models: Sequence[torch.nn.Module], written: Path) -> None:
     """Answer with the seconds of each part and the peak of resident memory, in bytes.
 
-    The parameters after the first step go to the file `written`.
+    models: the trained one and the reference. The first's parameters after the first step go to the file `written`.
     """
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for parameter in (parameter for each in models for parameter in each.parameters()):
+        parameter.sum()  # a file that is mapped becomes resident as it is read
+    before = _resident("VmRSS")
     for _ in sys.stdin:
         statistics = step()
         if not written.exists():
-            torch.save({name: value.detach().clone() for name, value in model.named_parameters()}, written)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            torch.save({name: value.detach().clone() for name, value in models[0].named_parameters()}, written)
+        peak = _resident("VmHWM")
         seconds = {part: sum(float(statistics[key]) for key in keys) for part, keys in _PARTS.items()}
         sys.stdout.write(json.dumps({"seconds": seconds, "peak": peak, "above_models": peak - before}) + "\n")
         sys.stdout.flush()
+
+
+def _resident(field: str) -> int:
+    """Bytes. getrusage would not do: its peak begins at that of the process that started this one."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].removesuffix("kB")) * 1024

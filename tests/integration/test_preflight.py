@@ -30,7 +30,7 @@ from trainer.settings import TrainerSettings
 CHECKS = [
     *("run folder", "model", "data", "prompts", "disk space"),
     *("policy server", "tokenizer", "logit columns", "context", "weights", "reference"),
-    *("reward server", "reward columns", "log-probabilities"),
+    *("reward server", "reward columns", "replicas", "log-probabilities"),
 ]
 
 NEEDS_STARS = """
@@ -381,6 +381,28 @@ async def test_all_mistakes_are_told_at_once(servers: Servers, tmp_path: Path) -
     assert code == 78
     assert {"run folder", "data", "logit columns", "reference", "reward server"} <= failed.keys()
     assert {"model", "disk space", "policy server", "tokenizer", "context"} <= passed.keys()
+
+
+async def test_of_several_policy_servers_one_that_answers_is_enough_wherever_it_is_named(
+    servers: Servers, tmp_path: Path
+) -> None:
+    addresses = f"127.0.0.1:1,{servers.policy()}"
+
+    failed, passed, code = await checked(servers.settings(tmp_path / "run", policy_server=addresses, check_patience=4))
+
+    assert (failed, code) == ({}, 0)
+    assert passed["replicas"] == "1 of 2 can take the weights; when they come, the same is asked of 127.0.0.1:1"
+    assert passed.keys() == set(CHECKS)
+
+
+async def test_every_policy_server_that_answers_is_checked(servers: Servers, tmp_path: Path) -> None:
+    other = other_model(servers, "wider", vocab=300)
+    addresses = f"{servers.policy()},{other}"
+
+    failed, _, code = await checked(servers.settings(tmp_path / "run", policy_server=addresses))
+
+    assert code == 78
+    assert f"policy server {other} has 300 logit columns" in " ".join(failed.values())
 
 
 async def test_another_reference_passes_when_it_is_meant(servers: Servers, tmp_path: Path) -> None:

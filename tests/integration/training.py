@@ -40,20 +40,21 @@ class World:
         self.data = folder / "data.jsonl"
         rows = ({"prompt": f"The film {row} was", "stars": row % 5} for row in range(ROWS))
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.policy = self._policy_server()
+        self.policy = self.policy_server()
         self.reward = self.reward_server()
 
     def restart_policy(self) -> None:
         """Start the policy server, which was killed, where it was."""
-        self.policy = self._policy_server(listen=self.policy.address)
+        self.policy = self.policy_server(listen=self.policy.address)
 
     def restart_reward(self) -> None:
         """Start the reward server, which was killed, where it was."""
         self.reward = self.reward_server(listen=self.reward.address)
 
-    def _policy_server(self, *, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
+    def policy_server(self, *, listen: str = "127.0.0.1:0", model: Path | None = None) -> ProcessUnderTest:
+        """A policy server of `model`, or of the world's; returns at once."""
         flags = (*POLICY_FLAGS, "--weights-root", str(self.weights_folder))
-        return self.start("policy_server", "--model", str(self.model), *flags, listen=listen)
+        return self.start("policy_server", "--model", str(model or self.model), *flags, listen=listen)
 
     def reward_server(
         self, source: str = VOWELS, *, listen: str = "127.0.0.1:0", name: str = "vowels"
@@ -69,9 +70,10 @@ class World:
         *flags: str,
         reward: ProcessUnderTest | ExampleServer | None = None,
         ranks: int = 1,
+        reproducible: bool = True,
         **settings: object,
     ) -> ProcessUnderTest:
-        """A reproducible trainer of run `run` in a folder of that name; `settings` replace what is set here."""
+        """A trainer of run `run` in a folder of that name; `settings` replace what is set here."""
         reward = reward or self.reward
         for server in (self.policy, reward):
             server.wait_bound()
@@ -96,7 +98,8 @@ class World:
             **settings,
         }
         given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        return self.start("trainer", *given, "--reproducible", *flags, listen=None, ranks=ranks)
+        flags = (*(["--reproducible"] if reproducible else []), *flags)
+        return self.start("trainer", *given, *flags, listen=None, ranks=ranks)
 
     def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
         """The whole lines of a run's .jsonl file so far, of one kind if given."""

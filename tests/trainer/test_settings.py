@@ -36,6 +36,13 @@ def settings(**values: Any) -> TrainerSettings:
         ({"run_id": "läuft"}, "run-id.*pattern"),
         ({"run_id": "a/b"}, "run-id.*pattern"),
         ({"run_id": "r" * 65}, "run-id.*at most 64"),
+        ({"max_staleness": -1}, "greater than or equal to 0"),
+        ({"max_staleness": 1, "reproducible": True}, "max_staleness=1 can't be reproducible"),
+        ({"oversample": -0.1}, "greater than or equal to 0"),
+        ({"oversample": 0.5, "reproducible": True}, "oversample=0.5 can't be reproducible"),
+        ({"policy_server": ""}, "policy-server.*at least 1"),
+        ({"policy_server": "localhost"}, "'localhost' is none of host:port"),
+        ({"policy_server": "a:1,dns://b:2"}, "'dns://b:2' is none of"),
         ({"steps": 0}, "greater than or equal to 1"),
     ],
 )
@@ -52,6 +59,14 @@ def test_ppo_gets_its_own_settings_and_the_length_of_the_run_in_samples() -> Non
     config = settings(steps=20, batch_size=64, learning_rate=1e-4).ppo_config()
 
     assert (config.batch_size, config.mini_batch_size, config.learning_rate, config.steps) == (64, 64, 1e-4, 1280)
+
+
+def test_policy_servers_are_a_list_of_addresses_and_names() -> None:
+    given = "127.0.0.1:1, unix:/run/p.sock,[::1]:3,dns:///policy.rlhf.svc:4"
+
+    servers = settings(policy_server=given).policy_server
+
+    assert servers == ["127.0.0.1:1", "unix:/run/p.sock", "[::1]:3", "dns:///policy.rlhf.svc:4"]
 
 
 def test_every_number_has_a_unit() -> None:

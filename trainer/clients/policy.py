@@ -32,7 +32,7 @@ T = TypeVar("T")
 POLICY_SERVICE = "rlhf.policy.v1.PolicyService"
 REFERENCE = "reference"
 # Reasons that the publisher can mend, or explain: another trainer's weights are live.
-_OTHER_WEIGHTS = frozenset({"WEIGHTS_BEHIND", "WEIGHTS_AHEAD", "OTHER_RUN"})
+OTHER_WEIGHTS = frozenset({"WEIGHTS_BEHIND", "WEIGHTS_AHEAD", "OTHER_RUN"})
 _RECOVERIES_PER_ATTEMPT = 3
 # The most that a token takes in a LogProbs call, as an id of 5 bytes, and a row beside its tokens.
 _TOKEN_BYTES = 5
@@ -61,7 +61,8 @@ class Generation:
     text: str
     finish_reason: FinishReason
     seed: int
-    oldest_weights: WeightsVersion
+    versions: tuple[WeightsVersion, ...]
+    """The weights that sampled the tokens, in their order: several if weights were swapped meanwhile; () = no token."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,13 @@ class PolicyClient:
         top_p: float = 1.0,
         min_new_tokens: int = 0,
         weights: WeightsVersion | None = None,
+        or_later: bool = False,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> list[Generation]:
-        """Complete one prompt n times, all tokens under exactly `weights` (None = whatever is live)."""
+        """Complete one prompt n times, all tokens under exactly `weights` (None = whatever is live).
+
+        or_later: later weights of the same run may sample as well.
+        """
         sampling = policy_pb2.SamplingParams(
             temperature=temperature, max_new_tokens=max_new_tokens, seed=seed % 2**64, n=n
         )
@@ -191,7 +196,7 @@ class PolicyClient:
             prompt=policy_pb2.Prompt(token_ids=policy_pb2.TokenIds(ids=prompt_ids)),
             sampling=sampling,
             logprobs=[policy_pb2.LOG_PROB_KIND_PROCESSED],
-            weights=_exactly(weights),
+            weights=_precondition(weights, or_later=or_later),
             priority=policy_pb2.PRIORITY_BULK,
         )
 
@@ -223,7 +228,7 @@ class PolicyClient:
                 for prompt, completion in sequences
             ],
             temperature=temperature,
-            weights=_exactly(weights),
+            weights=_precondition(weights),
         )
 
         async def attempt() -> policy_pb2.LogProbsResponse:
@@ -257,7 +262,7 @@ class PolicyClient:
                     return await attempt()
                 except grpc.aio.AioRpcError as error:
                     failure = from_rpc_error(error)
-                    lost = failure.reason in _OTHER_WEIGHTS and self._recover is not None
+                    lost = failure.reason in OTHER_WEIGHTS and self._recover is not None
                     if not lost or recoveries == _RECOVERIES_PER_ATTEMPT:
                         raise failure from error
                     assert self._recover is not None
@@ -277,14 +282,13 @@ class PolicyClient:
             raise BrokenServerError(f"policy server {self.target} answered more than {max_new_tokens} tokens")
         if tokens and sum(span.token_count for span in completion.spans) != len(tokens):
             raise BrokenServerError(f"policy server {self.target} answered version spans that do not tile the tokens")
-        versions = [WeightsVersion.from_proto(span.weights) for span in completion.spans]
         return Generation(
             token_ids=tokens,
             logprobs=logprobs,
             text=completion.text,
             finish_reason=_FINISH_REASONS.get(completion.finish_reason, FinishReason.ABORTED),
             seed=completion.seed,
-            oldest_weights=min(versions, default=WeightsVersion()),
+            versions=tuple(WeightsVersion.from_proto(span.weights) for span in completion.spans),
         )
 
 
@@ -295,5 +299,9 @@ _FINISH_REASONS = {
 }
 
 
-def _exactly(weights: WeightsVersion | None) -> policy_pb2.WeightsPrecondition | None:
-    return None if weights is None else policy_pb2.WeightsPrecondition(exact=weights.to_proto())
+def _precondition(weights: WeightsVersion | None, *, or_later: bool = False) -> policy_pb2.WeightsPrecondition | None:
+    if weights is None:
+        return None
+    if or_later:
+        return policy_pb2.WeightsPrecondition(min=weights.to_proto())
+    return policy_pb2.WeightsPrecondition(exact=weights.to_proto())

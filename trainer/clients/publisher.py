@@ -35,6 +35,10 @@ class PublishError(RuntimeError):
     """The server holds weights that this trainer must not replace, or can't take these; the message says which."""
 
 
+class TakenOverError(PublishError):
+    """Another trainer has the server, or this run."""
+
+
 @dataclass(frozen=True)
 class WeightsInfo:
     """What GetWeights tells of a server."""
@@ -86,6 +90,7 @@ class WeightPublisher:
         self._stub: Any = weights_pb2_grpc.WeightsServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._published: _Published | None = None
         self._instance: str | None = None
+        self._unexplained = 0
         self._one_at_a_time = asyncio.Lock()
 
     async def wait_ready(self, within: float | None = None) -> None:
@@ -159,16 +164,20 @@ class WeightPublisher:
             if self._published is not None:
                 await self._bring_live(self._published, may_take_over=False)
 
+    async def is_same_server(self) -> bool:
+        """Whether the process that answers now is the one that was checked last. Raises RpcFailure when none does."""
+        return (await self._ask("")).server_instance_id == self._instance
+
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
 
     async def _bring_live(self, published: _Published, *, may_take_over: bool) -> None:
         """Ask what is live, send what is missing, and ask again after every failure, since an answer may be lost."""
-        conflicts = unexplained = 0
+        conflicts = 0
 
         async def attempt() -> None:
-            nonlocal conflicts, unexplained
+            nonlocal conflicts
             while True:
                 state = await self._get_weights(published)
                 if await self._is_live(published, state, may_take_over=may_take_over):
@@ -178,13 +187,14 @@ class WeightPublisher:
                     raise unavailable("an update of this trainer is still being applied")
                 try:
                     await self._send(published, state)
+                    self._unexplained = 0
                     return
                 except RpcFailure as failure:
                     self._raise_misfit(failure)
                     if failure.reason in ("UPDATE_IN_PROGRESS", "DATA_LOSS"):
                         raise unavailable(failure.message) from failure
-                    if _is_cut_short(failure) and unexplained < _UNEXPLAINED:
-                        unexplained += 1
+                    if _is_cut_short(failure) and self._unexplained < _UNEXPLAINED:
+                        self._unexplained += 1
                         raise unavailable(failure.message) from failure
                     if failure.reason not in _MOVED_ON or conflicts == _CONFLICTS:
                         raise
@@ -224,12 +234,12 @@ class WeightPublisher:
         if live == ours:
             return True
         if live.is_after(ours):
-            raise PublishError(
+            raise TakenOverError(
                 f"policy server {self.target} holds {live}, this trainer has {ours}: another trainer of this run is "
                 "newer, so this one stops"
             )
         if live.run_id not in ("", ours.run_id) and not may_take_over:
-            raise PublishError(
+            raise TakenOverError(
                 f"policy server {self.target} now holds {live}: another trainer took it over from run {ours.run_id}"
             )
         return False

@@ -135,7 +135,7 @@ class RewardClient:
         self._stub: Any = reward_pb2_grpc.RewardServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._info: RewardInfo | None = None
         self._queue: deque[_Job] = deque()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: dict[asyncio.Task[None], list[_Job]] = {}
         self._later: set[asyncio.TimerHandle] = set()
         self._sending_soon = False
         self._jitter = random.Random()
@@ -161,7 +161,10 @@ class RewardClient:
         await self.pin(self._info.version)
 
     async def score(self, sample: RewardSample) -> Outcome:
-        """What finally became of the sample: sent together with others, asked again while PENDING."""
+        """What finally became of the sample: sent together with others, asked again while PENDING.
+
+        Cancelling it ends a call once nobody waits for any of its samples.
+        """
         assert self._info is not None, "pin first"
         message = self._message(sample)
         if message.ByteSize() + self._request_overhead(sample) > self._info.max_request_bytes:
@@ -169,6 +172,7 @@ class RewardClient:
                 "SAMPLE_TOO_LARGE", f"more than the server's {self._info.max_request_bytes} bytes per request"
             )
         job = _Job(sample, message, asyncio.get_running_loop().create_future())
+        job.result.add_done_callback(self._end_idle_calls)
         self._queue.append(job)
         self._send_soon()
         return await job.result
@@ -233,14 +237,21 @@ class RewardClient:
     def _send_what_fits(self) -> None:
         self._sending_soon = False
         assert self._info is not None
+        self._queue = deque(job for job in self._queue if not job.result.cancelled())
         while self._queue and len(self._calls) < self._info.max_concurrent_calls:
-            call = asyncio.create_task(self._score_batch(self._cut_batch()))
-            self._calls.add(call)
+            batch = self._cut_batch()
+            call = asyncio.create_task(self._score_batch(batch))
+            self._calls[call] = batch
             call.add_done_callback(self._call_done)
 
     def _call_done(self, call: asyncio.Task[None]) -> None:
-        self._calls.discard(call)
+        del self._calls[call]
         self._send_what_fits()
+
+    def _end_idle_calls(self, result: asyncio.Future[Outcome]) -> None:
+        for call, batch in self._calls.items():
+            if result.cancelled() and all(job.result.cancelled() for job in batch):
+                call.cancel()
 
     def _cut_batch(self) -> list[_Job]:
         """The longest head of the queue within the server's limits and of one kind of metadata."""

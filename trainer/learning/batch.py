@@ -29,6 +29,8 @@ class RolloutBatch:
     """The reference's log-probabilities at the training temperature, [t_i]; None: ask the learner's reference."""
     rollout_logprobs: list[Tensor] | None = None
     """Log-probabilities as sampled, at the training temperature, [t_i]."""
+    staleness: Tensor | None = None
+    """How many versions older than the weights trained on the oldest that sampled each response are, int64 [batch]."""
 
     def __post_init__(self) -> None:
         rows = len(self.queries)
@@ -41,6 +43,8 @@ class RolloutBatch:
         if not torch.isfinite(self.scores).all():
             row = int((~torch.isfinite(self.scores)).nonzero()[0])
             raise ValueError(f"scores[{row}] is {self.scores[row].item()}: a score must be finite")
+        if self.staleness is not None and (self.staleness.shape != (rows,) or (self.staleness < 0).any()):
+            raise ValueError(f"staleness is {self.staleness.tolist()}: it must be {rows} numbers of at least 0")
         for name, tokens in (("queries", self.queries), ("responses", self.responses)):
             for row, ids in enumerate(tokens):
                 _check_token_ids(f"{name}[{row}]", ids)

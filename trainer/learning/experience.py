@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Experience:
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    importance_weights: Tensor | None = None
+    """What each token's policy loss is multiplied by; None = 1."""
 
     def rows(self, chosen: list[int]) -> Experience:
         """The samples `chosen`, in that order."""
@@ -31,7 +33,8 @@ class Experience:
         return self._map(lambda tensor: tensor[:, :time])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Experience:
-        return Experience(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 @torch.no_grad()

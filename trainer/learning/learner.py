@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -31,6 +31,7 @@ from trainer.learning.sharding import (
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.ppo.config import PPOConfig
 from trainer.ppo.controllers import adapted_kl_coefficient
+from trainer.ppo.importance import truncated_importance_weights
 from trainer.ppo.kl import KlPenalty, estimated_kl
 from trainer.ppo.losses import policy_loss, value_loss
 from trainer.ppo.minibatches import split_into_updates
@@ -40,10 +41,12 @@ from trainer.ppo.statistics import (
     Statistics,
     combined_over_minibatches,
     gap_statistics,
+    importance_statistics,
     length_statistics,
     mean,
     minibatch_statistics,
     objective_statistics,
+    staleness_statistics,
 )
 from trainer.responses.activations import fuse_activations
 from trainer.responses.packing import enable_packing
@@ -85,8 +88,9 @@ class PPOLearner:
     model: trained in place; moved to the accelerator's device if there is one. `reference`: a frozen causal LM (value
     head or not) on the model's device, needed for `kl_penalty="full"` and for batches without reference
     log-probabilities. temperature: what the rollout was sampled at; all log-probabilities are of logits / temperature.
-    old_logprobs: where the probability ratio starts from, recomputed here or as the rollout gave them. optimizer:
-    Adam if None. lr_scheduler: stepped once per `step`.
+    old_logprobs: where the probability ratio starts from, recomputed here or as the rollout gave them.
+    importance_cap: weigh each token's policy loss by min(exp(old − rollout), cap), for batches that older weights
+    sampled; None = do not. optimizer: Adam if None. lr_scheduler: stepped once per `step`.
 
     ranks: the processes that train together; every one makes a learner, with the same arguments but for the weights,
     which are rank 0's, and calls the same methods in the same order. By DDP each holds the model; `sharded`, by FSDP2,
@@ -104,6 +108,7 @@ class PPOLearner:
         tokenizer_pad_id: int,
         temperature: float = 1.0,
         old_logprobs: Literal["trainer", "rollout"] = "trainer",
+        importance_cap: float | None = None,
         accelerator: Any | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
@@ -119,6 +124,8 @@ class PPOLearner:
             raise ValueError("kl_penalty=full needs whole distributions: the trainer must hold its own reference model")
         if full and old_logprobs == "rollout":
             raise ValueError("kl_penalty=full needs whole distributions of the old policy: use old_logprobs=trainer")
+        if importance_cap is not None and not (math.isfinite(importance_cap) and importance_cap > 0):
+            raise ValueError(f"importance_cap is {importance_cap}: it must be finite and above 0")
         if accelerator is not None:
             _refuse_unsupported(accelerator, ranks)
         if ranks.count > 1 and (accelerator is None or optimizer is not None):
@@ -128,6 +135,7 @@ class PPOLearner:
         self.completed_steps = 0
         self.kl_coefficient = config.init_kl_coef
         self._old_logprobs = old_logprobs
+        self._importance_cap = importance_cap
         self._pad_id = tokenizer_pad_id
         self._moments = RunningMoments()
         self._shuffler = np.random.RandomState(config.seed)
@@ -214,6 +222,9 @@ class PPOLearner:
             lam=config.lam,
             whiten_rewards=config.whiten_rewards,
         )
+        if self._importance_cap is not None:
+            weights = truncated_importance_weights(old_logprobs, given["rollout_logprobs"], cap=self._importance_cap)
+            experience = replace(experience, importance_weights=weights)
         advantages_done = time.perf_counter()
 
         trained = self._train(queries, responses, experience)
@@ -232,6 +243,10 @@ class PPOLearner:
         statistics |= length_statistics(queries, responses)
         if "rollout_logprobs" in given:
             statistics |= gap_statistics(assessment.logprobs, given["rollout_logprobs"], mask)
+        if batch.staleness is not None:
+            statistics |= staleness_statistics(batch.staleness)
+        if self._importance_cap is not None and experience.importance_weights is not None:
+            statistics |= importance_statistics(experience.importance_weights, mask, cap=self._importance_cap)
         statistics |= trained
         statistics["ppo/learning_rate"] = float(self._optimizer.param_groups[0]["lr"])
         if self.config.adap_kl_ctrl:
@@ -354,8 +369,11 @@ class PPOLearner:
     def _check_batch(self, batch: RolloutBatch) -> None:
         if len(batch) > self.config.batch_size:
             raise ValueError(f"the batch has {len(batch)} samples, batch_size is {self.config.batch_size}")
-        if self._old_logprobs == "rollout" and batch.rollout_logprobs is None:
-            raise ValueError("old_logprobs=rollout needs rollout_logprobs in the batch")
+        if batch.rollout_logprobs is None:
+            if self._old_logprobs == "rollout":
+                raise ValueError("old_logprobs=rollout needs rollout_logprobs in the batch")
+            if self._importance_cap is not None:
+                raise ValueError("importance_cap needs rollout_logprobs in the batch")
         if self._reference is None and batch.reference_logprobs is None:
             raise ValueError("the batch has no reference_logprobs and the learner no reference model to compute them")
 
@@ -422,7 +440,12 @@ class PPOLearner:
         entropies = entropies.detach()
         experience = experience.cut(padded.shape[1])
         policy = policy_loss(
-            logprobs, experience.old_logprobs, experience.advantages, experience.mask, cliprange=config.cliprange
+            logprobs,
+            experience.old_logprobs,
+            experience.advantages,
+            experience.mask,
+            cliprange=config.cliprange,
+            weights=experience.importance_weights,
         )
         value = value_loss(
             values, experience.old_values, experience.returns, experience.mask, cliprange=config.cliprange_value

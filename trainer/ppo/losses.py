@@ -38,17 +38,25 @@ class ValueLoss:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    cliprange: float,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate objective (Schulman et al. 2017, eq. 7), negated, as a mean over the mask's tokens.
 
-    logprobs (with gradient), old_logprobs, advantages, mask: [batch, time].
+    logprobs (with gradient), old_logprobs, advantages, mask: [batch, time]. weights: [batch, time], what each token's
+    loss is multiplied by before the mean; None = 1.
     """
     log_ratio = (logprobs - old_logprobs) * mask  # a ratio that overflows in a hole must not reach the sums
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    loss = masked_mean(torch.max(unclipped, clipped), mask)
+    losses = torch.max(unclipped, clipped)
+    loss = masked_mean(losses if weights is None else weights * losses, mask)
     with torch.no_grad():
         return PolicyLoss(
             loss=loss,

@@ -98,6 +98,22 @@ def gap_statistics(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> 
     return {"rollout/logprob_gap_mean": masked_mean(gap, mask).item(), "rollout/logprob_gap_max": gap.max().item()}
 
 
+def staleness_statistics(staleness: Tensor) -> Statistics:
+    """Of the samples' staleness in versions, [batch]."""
+    return {
+        "rollout/staleness_mean": staleness.float().mean().item(),
+        "rollout/staleness_max": float(staleness.max()),
+    }
+
+
+def importance_statistics(weights: Tensor, mask: Tensor, *, cap: float) -> Statistics:
+    """Of truncated importance weights, [batch, time]: their mean, and the share of tokens at the cap."""
+    return {
+        "ppo/policy/importance_weight_mean": masked_mean(weights, mask).item(),
+        "ppo/policy/importance_clipped": masked_mean((weights >= cap).to(mask.dtype), mask).item(),
+    }
+
+
 def mean(numbers: Sequence[float]) -> float:
     """The mean; NaN of nothing."""
     return math.fsum(numbers) / len(numbers) if numbers else math.nan

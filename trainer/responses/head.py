@@ -85,7 +85,9 @@ class _HeadLogprobs(torch.autograd.Function):
         by_weight = torch.empty_like(weight) if needs_weight else None
         by_bias = torch.zeros_like(bias) if needs_bias else None
         gradient = gradient / ctx.temperature
-        for block in ctx.blocks:
+        blocks: list[_Block] = ctx.blocks
+        while blocks:
+            block = blocks.pop(0)
             rows, columns = block.rows, block.columns
             terms = block.exponentials
             if terms is None:
@@ -104,7 +106,6 @@ class _HeadLogprobs(torch.autograd.Function):
                 )
             if by_bias is not None:
                 by_bias[columns] += terms.sum(0)
-        del ctx.blocks
         return by_hidden, by_weight, by_bias, None, None
 
 

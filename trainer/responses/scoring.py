@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,17 +22,27 @@ def packed_scores(model: PreTrainedModel, rows: ResponseRows, temperature: float
     # A mask of four dimensions is taken as it is: transformers would make one of tokens × tokens, and attention within
     # packed rows reads none.
     no_mask = torch.empty((1, 1, 1, 1), device=rows.input_ids.device)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     body = model.base_model(
-        input_ids=rows.input_ids,
+        inputs_embeds=_embed(model.get_input_embeddings(), rows.input_ids, tied_to=head.weight),
         attention_mask=no_mask,
         position_ids=rows.position_ids,
         use_cache=False,
         packed_rows=rows.packed,
     )
     hidden = body.last_hidden_state.flatten(0, 1).index_select(0, rows.where)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     logprobs, entropies = head_logprobs(hidden, head.weight, head.bias, rows.tokens, temperature)
     return logprobs, entropies, hidden
+
+
+def _embed(embedding: Any, ids: Tensor, *, tied_to: Tensor) -> Tensor:
+    """[1, tokens] → [1, tokens, hidden].
+
+    Where the head has the same weight, the gradient has the head's part in every row: that of the few tokens read is
+    added to it in place, rather than made as large and summed into a third of that size.
+    """
+    tied = embedding.weight is tied_to
+    return F.embedding(ids, embedding.weight, padding_idx=embedding.padding_idx, sparse=tied)
 
 
 class PackedReference(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.logs import get_logger
+from trainer.clients.fleet import PolicyFleet
 from trainer.clients.policy import REFERENCE, ModelInfo, PolicyClient
 from trainer.learning.learner import PPOLearner
 from trainer.run.prompts import Prompt
@@ -45,7 +46,12 @@ class Probe:
         return torch.cat(learner.logprobs(self.queries, self.responses))
 
     async def logprobs_at(
-        self, policy: PolicyClient, served: ModelInfo, *, temperature: float, weights: WeightsVersion | None
+        self,
+        policy: PolicyClient | PolicyFleet,
+        served: ModelInfo,
+        *,
+        temperature: float,
+        weights: WeightsVersion | None,
     ) -> torch.Tensor:
         """The same by the server; `weights` = which must be live."""
         pairs = [(query.tolist(), row.tolist()) for query, row in zip(self.queries, self.responses, strict=True)]
@@ -68,7 +74,13 @@ class Agreement:
     """Compares the trainer's log-probabilities with the policy server's."""
 
     def __init__(
-        self, policy: PolicyClient, probe: Probe, *, temperature: float, limit: float, models: Sequence[ModelInfo]
+        self,
+        policy: PolicyClient | PolicyFleet,
+        probe: Probe,
+        *,
+        temperature: float,
+        limit: float,
+        models: Sequence[ModelInfo],
     ) -> None:
         """`models`: those of the server that must hold the trainer's weights."""
         self.probe = probe

@@ -63,13 +63,12 @@ async def run(
     identity = start.identity
     with bound_context(run_id=identity.run_id):
         prepare_torch(settings)
-        async with Servers(settings, run_id=identity.run_id, watch=waits.watch) as servers:
+        async with Servers(settings, run_id=identity.run_id, watch=waits.watch, metrics=metrics) as servers:
             preflight = Preflight(settings, start, servers, ranks=ranks)
             try:
                 await stop.interruptible(preflight.require())
             except Stopped:
                 return stop.exit_code
-            servers.hold_to(preflight.needs, preflight.pins)
             store_identity(settings.run_dir, identity)
             _note_settings(settings)
             begun = start.stored or RunState(identity.run_id, identity.incarnation, preflight.pins)
@@ -129,13 +128,12 @@ def _parts(
 ) -> Iterator[Parts]:
     loaded = preflight.model
     collector = RolloutCollector(
-        servers.policy,
+        servers.fleet,
         servers.rewards,
         run_id=state.run_id,
         sampling=Sampling(settings.temperature, settings.max_new_tokens),
         concurrency=settings.rollout_concurrency,
         served_reference=loaded.reference is None,
-        check_server=servers.publisher.ensure,
     )
     with contextlib.ExitStack() as closing:
         records = closing.enter_context(contextlib.closing(RunRecords(settings.run_dir, state.log_offsets)))
@@ -154,7 +152,7 @@ def _parts(
             served_reference=loaded.reference is None,
             prompts=preflight.prompts,
             held_out=preflight.held_out,
-            publisher=servers.publisher,
+            policy=servers.fleet,
             collector=collector,
             agreement=preflight.agreement,
             checkpoints=checkpoint_store(settings),
@@ -173,4 +171,6 @@ def _plan(settings: TrainerSettings) -> Plan:
         save_every=settings.save_every,
         sample_lines=settings.sample_lines,
         seed=settings.seed,
+        max_staleness=settings.max_staleness,
+        oversample=settings.oversample,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from prometheus_client import CollectorRegistry
+
 from rlhf.config import EX_CONFIG
 from trainer.learning.ranks import ALONE, Ranks
+from trainer.metrics import TrainerMetrics
 from trainer.run.findings import Finding, Outcome, table
 from trainer.run.loading import prepare_torch
 from trainer.run.preflight import REFUSALS, Preflight
@@ -21,7 +24,8 @@ async def check(settings: TrainerSettings, ranks: Ranks = ALONE) -> tuple[str, i
     if not start.finished:
         prepare_torch(settings)
         patience = Patience(settings.check_patience)
-        async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch) as servers:
+        metrics = TrainerMetrics(CollectorRegistry())
+        async with Servers(settings, run_id=start.identity.run_id, watch=patience.watch, metrics=metrics) as servers:
             findings += await Preflight(settings, start, servers, ranks=ranks, patience=patience).report()
     failed = any(finding.outcome is Outcome.FAILED for finding in findings)
     return table(findings), EX_CONFIG if failed else 0

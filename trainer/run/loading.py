@@ -22,6 +22,7 @@ from rlhf.memory import keep_freed_memory
 from trainer.learning.learner import PPOLearner
 from trainer.learning.ranks import Ranks
 from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
 from trainer.run.seeds import derive_seed
@@ -150,6 +151,7 @@ def new_learner(
             tokenizer_pad_id=pad_id,
             temperature=settings.temperature,
             old_logprobs=settings.old_logprobs.value,
+            importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
             accelerator=Accelerator(mixed_precision=settings.mixed_precision.value, cpu=cpu),
             ranks=ranks,
             sharded=settings.sharding is Sharding.FSDP,

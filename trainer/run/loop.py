@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf.logs import bound_context, get_logger
-from trainer.clients.publisher import WeightPublisher
+from trainer.clients.fleet import PolicyFleet
 from trainer.clients.rewards import Scored
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
@@ -25,7 +26,7 @@ from trainer.run.agreement import Agreement
 from trainer.run.checkpoints import CheckpointStore, RunState, save_model
 from trainer.run.heldout import logprobs_of, sample_line, summarize
 from trainer.run.progress import Progress
-from trainer.run.prompts import Draw, Prompt, PromptSource
+from trainer.run.prompts import Cursor, Draw, Prompt, PromptSource
 from trainer.run.records import RunRecords, accounting_lines, scalars
 from trainer.run.rollouts import Rollout, RolloutCollector
 from trainer.run.seeds import derive_seed
@@ -48,6 +49,13 @@ class Plan:
     save_every: int
     sample_lines: int
     seed: int
+    max_staleness: int
+    oversample: float
+
+    @property
+    def draws(self) -> int:
+        """Prompts that are rolled out for a step."""
+        return math.ceil(self.batch_size * (1 + self.oversample))
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Parts:
     served_reference: bool
     prompts: PromptSource
     held_out: Sequence[Prompt]
-    publisher: WeightPublisher
+    policy: PolicyFleet
     collector: RolloutCollector
     agreement: Agreement
     checkpoints: CheckpointStore
@@ -67,6 +75,16 @@ class Parts:
     trackers: Sequence[Tracker]
     metrics: TrainerMetrics
     progress: Progress
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step's rollouts, under way: `draws` take the prompts up to `cursor`."""
+
+    step: int
+    draws: Sequence[Draw]
+    cursor: Cursor
+    rollouts: asyncio.Task[list[Rollout | None]]
 
 
 class TrainingLoop:
@@ -78,7 +96,9 @@ class TrainingLoop:
         self._parts = parts
         self._stop = stop
         self._learning = False
+        self._begun: deque[_Begun] = deque()
         self._seconds: dict[str, float] = {}
+        self._whole_length: float | None = None
         # One thread makes every torch call, so that signals, displays and retries stay alive meanwhile.
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
@@ -89,6 +109,12 @@ class TrainingLoop:
 
     async def run(self) -> None:
         """Until the last step's checkpoint is written. Raises Stopped at a step boundary."""
+        try:
+            await self._run()
+        finally:
+            await self._abandon_rollouts()
+
+    async def _run(self) -> None:
         self._parts.metrics.steps_planned.set(self._plan.steps)
         self._parts.metrics.incarnation.set(self.state.incarnation)
         self._parts.metrics.step.set(self.state.completed_step)
@@ -130,23 +156,28 @@ class TrainingLoop:
     async def _train_one_step(self) -> None:
         started = time.monotonic()
         step = self.state.completed_step + 1
-        draws, cursor = self._parts.prompts.draw(self.state.cursor, self._plan.batch_size)
+        self._begin_rollouts()
+        begun = self._begun[0]
         with self._phase("rollout"):
-            rollouts = await self._stop.interruptible(self._roll_out(step, draws))
+            outcome = await self._stop.interruptible(_result(begun.rollouts))
+        self._begun.popleft()
+        rollouts = [rollout for rollout in outcome if rollout is not None]
         trained = [rollout for rollout in rollouts if isinstance(rollout.outcome, Scored)]
         numbers: dict[str, float | None] = {}
         if trained:
             with self._phase("learn"):
-                batch = _batch(trained)
+                batch = _batch(trained, self.state.version)
                 self._learning = True
                 numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
                 self._learning = False
-            self._parts.agreement.watch(numbers.get("rollout/logprob_gap_mean"))
+            # Tokens of older weights are as far off as the policy has moved since.
+            if numbers["rollout/staleness_max"] == 0:
+                self._parts.agreement.watch(numbers.get("rollout/logprob_gap_mean"))
         self.state = replace(
             self.state,
             completed_step=step,
             version=self.state.version + bool(trained),
-            cursor=cursor,
+            cursor=begun.cursor,
         )
         try:
             # Nothing changed without a sample, so there is nothing to publish.
@@ -155,21 +186,52 @@ class TrainingLoop:
                     await self._stop.interruptible(self._publish())
         finally:
             # The step is made, whatever became of its publish.
-            self._report_step(step, draws, rollouts, numbers, seconds=time.monotonic() - started)
+            self._report_step(step, begun.draws, outcome, numbers, seconds=time.monotonic() - started)
 
-    async def _roll_out(self, step: int, draws: Sequence[Draw]) -> list[Rollout]:
+    def _begin_rollouts(self) -> None:
+        """Begin those of the next step, and those of later steps that may be trained on what is published now.
+
+        Each step publishes once at most, so tokens of today's version are stale by as many versions as steps lie
+        between. The prompts belong to the run only once a step is made: a resumed run draws the same ones again.
+        """
+        after = self.state.completed_step
+        for step in range(
+            after + len(self._begun) + 1, min(after + 1 + self._plan.max_staleness, self._plan.steps) + 1
+        ):
+            cursor = self._begun[-1].cursor if self._begun else self.state.cursor
+            draws, cursor = self._parts.prompts.draw(cursor, self._plan.draws)
+            version = self.state.version + (step - after - 1) - self._plan.max_staleness
+            oldest = replace(self._weights(), version=max(0, version))
+            self._begun.append(_Begun(step, draws, cursor, asyncio.create_task(self._roll_out(step, draws, oldest))))
+
+    async def _roll_out(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> list[Rollout | None]:
         prompts = [draw.prompt for draw in draws if draw.dropped is None]
-        return await self._parts.collector.collect(
-            prompts,
-            name=str(step),
-            step=step,
-            seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
-            weights=self._weights(),
-            on_generated=self._parts.progress.count,
-        )
+
+        def on_generated(done: int, of: int) -> None:
+            if step == self.state.completed_step + 1:
+                self._parts.progress.count(done, of)
+
+        with bound_context(step=step):
+            return await self._parts.collector.collect(
+                prompts,
+                name=str(step),
+                step=step,
+                seeds=[derive_seed(self._plan.seed, "rollout", step, row, 0) for row in range(len(prompts))],
+                weights=oldest,
+                or_later=self._plan.max_staleness > 0,
+                enough=self._plan.batch_size if self._plan.oversample > 0 else None,
+                on_generated=on_generated,
+            )
+
+    async def _abandon_rollouts(self) -> None:
+        tasks = [begun.rollouts for begun in self._begun]
+        self._begun.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _publish(self) -> None:
-        await self._parts.publisher.publish(self._parts.learner.policy_parameters(), self._weights())
+        await self._parts.policy.publish(self._parts.learner.policy_parameters(), self._weights())
         self._parts.metrics.publishes.inc()
         self._parts.metrics.weights_version.set(self.state.version)
 
@@ -188,7 +250,7 @@ class TrainingLoop:
     async def _evaluate(self) -> None:
         step = self.state.completed_step
         started = time.monotonic()
-        rollouts = await self._stop.interruptible(
+        everyone = await self._stop.interruptible(
             self._parts.collector.collect(
                 self._parts.held_out,
                 name=f"evaluation-{step}",
@@ -198,7 +260,9 @@ class TrainingLoop:
                 on_generated=self._parts.progress.count,
             )
         )
+        rollouts = [rollout for rollout in everyone if rollout is not None]
         result = summarize(rollouts, await self._reference_logprobs(rollouts))
+        self._whole_length = result.length_mean
         best = self.state.best_reward
         if result.reward_mean is not None and (best is None or result.reward_mean > best):
             self.state = replace(self.state, best_reward=result.reward_mean, best_step=step)
@@ -229,13 +293,14 @@ class TrainingLoop:
         self,
         step: int,
         draws: Sequence[Draw],
-        rollouts: Sequence[Rollout],
+        outcome: Sequence[Rollout | None],
         numbers: dict[str, float | None],
         *,
         seconds: float,
     ) -> None:
         parts = self._parts
-        lines = accounting_lines(step, draws, rollouts)
+        rollouts = [rollout for rollout in outcome if rollout is not None]
+        lines = accounting_lines(step, draws, outcome)
         for line in lines:
             parts.records.accounting.write(line)
         dropped = Counter(line["reason"] for line in lines if line["outcome"] == "dropped")
@@ -247,6 +312,8 @@ class TrainingLoop:
         tokens = sum(len(rollout.generation.token_ids) for rollout in rollouts)
         components = _reward_components(rollouts)
         numbers = {**numbers, **_rollout_statistics(rollouts)}
+        if self._plan.oversample > 0:
+            numbers |= self._straggler_statistics(len(outcome) - len(rollouts), len(outcome), rollouts)
         parts.metrics.set_statistics(numbers)
         parts.metrics.set_reward_components(components)
         numbers |= {
@@ -280,6 +347,19 @@ class TrainingLoop:
         self._track(step, numbers)
         parts.progress.step_done(step, numbers)
 
+    def _straggler_statistics(self, dropped: int, of: int, kept: Sequence[Rollout]) -> dict[str, float | None]:
+        """The share dropped, and how much longer the others are than the last completions of which none was dropped.
+
+        How long a straggler would have become nobody knows: an evaluation, or a step without any, has to tell.
+        """
+        length = statistics.fmean(len(rollout.generation.token_ids) for rollout in kept)
+        if not dropped:
+            self._whole_length = length
+        return {
+            "rollout/straggler_fraction": dropped / of,
+            "rollout/straggler_length_bias": None if self._whole_length is None else length - self._whole_length,
+        }
+
     def _track(self, step: int, numbers: dict[str, float | None]) -> None:
         defined = {name: value for name, value in numbers.items() if value is not None}
         for tracker in self._parts.trackers:
@@ -311,8 +391,12 @@ class TrainingLoop:
                 self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds)
 
 
-def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
-    """What the learner trains on; every rollout is Scored."""
+async def _result(task: asyncio.Task[T]) -> T:
+    return await task
+
+
+def _batch(rollouts: Sequence[Rollout], version: int) -> RolloutBatch:
+    """What the learner trains on, at `version`; every rollout is Scored."""
     scored = [rollout.outcome for rollout in rollouts if isinstance(rollout.outcome, Scored)]
     lengths = [len(rollout.generation.token_ids) for rollout in rollouts]
     has_token_rewards = any(outcome.token_rewards for outcome in scored)
@@ -329,6 +413,9 @@ def _batch(rollouts: Sequence[Rollout]) -> RolloutBatch:
         else None,
         reference_logprobs=[torch.tensor(row, dtype=torch.float32) for row in references] if references else None,
         rollout_logprobs=[torch.tensor(rollout.generation.logprobs, dtype=torch.float32) for rollout in rollouts],
+        staleness=torch.tensor(
+            [version - min(weights.version for weights in rollout.generation.versions) for rollout in rollouts]
+        ),
     )
 
 

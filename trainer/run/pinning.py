@@ -70,8 +70,11 @@ def check_served_model(served: ModelInfo, needs: Needs, *, target: str) -> None:
     check_logprobs(served, target=target)
 
 
-def check_pins(pins: Pins, *, reference_digest: str, tokenizer_digest: str) -> None:
-    """Raise PinError when the reference or the trainer's own tokenizer is not the one that the run began with."""
+def check_pins(pins: Pins, *, owner: str, reference_digest: str, tokenizer_digest: str) -> None:
+    """Raise PinError when the reference or the trainer's own tokenizer is not the one that the run began with.
+
+    `owner`: who has the reference, for the message.
+    """
     if tokenizer_digest != pins.tokenizer_digest:
         raise PinError(
             f"the tokenizer of --model ({tokenizer_digest}) is not the one that this run began with "
@@ -79,7 +82,7 @@ def check_pins(pins: Pins, *, reference_digest: str, tokenizer_digest: str) -> N
         )
     if reference_digest != pins.reference_digest:
         raise PinError(
-            f"the reference model ({reference_digest}) is not the one that this run began with "
+            f"the reference model of {owner} ({reference_digest}) is not the one that this run began with "
             f"({pins.reference_digest}); the KL would silently start again from there. Use the reference of the run's "
             "beginning (a policy server started from a trained folder takes that as its reference, unless --reference "
             "says otherwise)"

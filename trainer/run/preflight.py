@@ -15,7 +15,8 @@ import torch
 from rlhf.failures import RpcFailure
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
-from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo
+from trainer.clients.fleet import PolicyFleet
+from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo, PolicyClient
 from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
 from trainer.clients.rewards import REWARD_SERVICE, RewardChangedError, RewardInfo
 from trainer.clients.weight_files import empty_folder
@@ -70,6 +71,7 @@ REFUSALS = (
 """Settings, data, folder or servers that don't fit the run: starting again does not help."""
 
 _SERVING_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Preflight:
         self._start = start
         self._servers = servers
         self._patience = patience
-        self._policy_server = _Server("policy", settings.policy_server, "--policy-server")
+        self._policy_server = _Server("policy", servers.fleet.target, "--policy-server")
         self._reward_server = _Server("reward", settings.reward_server, "--reward-server")
         self._digests: dict[torch.dtype, str] = {}
 
@@ -160,11 +162,12 @@ class Preflight:
     @property
     def agreement(self) -> Agreement:
         """Compares what the policy server holds after the first publish."""
-        return self._agreement([self.served, *([self.reference] if self.reference is not None else [])])
+        models = [self.served, *([self.reference] if self.reference is not None else [])]
+        return self._agreement(self._servers.fleet, models)
 
-    def _agreement(self, models: Sequence[ModelInfo]) -> Agreement:
+    def _agreement(self, policy: PolicyClient | PolicyFleet, models: Sequence[ModelInfo]) -> Agreement:
         return Agreement(
-            self._servers.policy,
+            policy,
             self.probe,
             temperature=self._settings.temperature,
             limit=gap_limit(self._settings.max_logprob_gap, [self.served.serving_dtype, self.learner.computes_in]),
@@ -204,6 +207,7 @@ class Preflight:
         return checkpoint_store(self._settings).require_room(self.model.model.parameters())
 
     async def _check_policy_server(self) -> str:
+        await self._ask(self._policy_server, self._servers.reach(), "grpc.health.v1.Health/Check")
         policy, publisher = self._servers.policy, self._servers.publisher
         self.served = await self._ask(self._policy_server, policy.get_model(), f"{POLICY_SERVICE}/GetModel")
         self.weights = await self._ask(self._policy_server, publisher.get_weights(), f"{WEIGHTS_SERVICE}/GetWeights")
@@ -299,7 +303,12 @@ class Preflight:
             said = "the policy server's"
         if stored is not None:
             check_pins(
-                stored.pins, reference_digest=self.reference_digest, tokenizer_digest=self.model.tokenizer_digest
+                stored.pins,
+                owner=f"policy server {self._servers.policy.target}"
+                if self.model.reference is None
+                else "this trainer",
+                reference_digest=self.reference_digest,
+                tokenizer_digest=self.model.tokenizer_digest,
             )
             return f"{said}, the one that the run began with"
         if self.model.reference is not None:
@@ -318,6 +327,14 @@ class Preflight:
             )
         self.reference = served
         return f"{said}; only its log-probabilities tell whether it is the model that the run starts from"
+
+    async def _check_replicas(self) -> str:
+        grace = _GRACE_SECONDS if self._patience is None else self._patience.seconds / 2
+        held = self._servers.hold_to(self.needs, self.pins, grace=grace)
+        passed = await self._ask(self._policy_server, held, f"{POLICY_SERVICE}/GetModel")
+        away = sorted(set(self._servers.fleet.known) - set(passed))
+        said = f"{len(passed)} of {len(passed) + len(away)} can take the weights"
+        return f"{said}; when they come, the same is asked of {', '.join(away)}" if away else said
 
     async def _served_reference(self) -> ModelInfo:
         policy = self._servers.policy
@@ -350,7 +367,7 @@ class Preflight:
                 "not compared, because the policy server gives none before a trainer has published (--managed); they "
                 "are compared after the first publish"
             ) from None
-        agreement = self._agreement(models)
+        agreement = self._agreement(self._servers.policy, models)
         logprobs = await asyncio.to_thread(agreement.probe.logprobs_by, self.learner)
         weights = live if live == ours else None
         return await self._ask(self._policy_server, agreement.require(logprobs, weights), f"{POLICY_SERVICE}/LogProbs")
@@ -395,6 +412,7 @@ class Preflight:
         ("reference", _check_reference, ("model", "policy server")),
         ("reward server", _check_reward_server, ()),
         ("reward columns", _check_columns, ("data", "reward server")),
+        ("replicas", _check_replicas, ("tokenizer", "logit columns", "context", "reference", "reward server")),
     )
     """Name, check, and the checks that it builds on. What needs no server comes first."""
     _LOG_PROBABILITIES: ClassVar[_Check] = (

@@ -69,6 +69,7 @@ class DropReason(enum.Enum):
     EMPTY_COMPLETION = "empty_completion"
     FAILED = "failed"
     ABSTAINED = "abstained"
+    STRAGGLER = "straggler"
 
 
 def load_records(source: str, *, column: str, split: str = "train") -> list[Record]:

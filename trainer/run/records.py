@@ -50,10 +50,12 @@ def drop_reason(rollout: Rollout) -> DropReason | None:
             return DropReason.EMPTY_COMPLETION
 
 
-def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
+def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollout | None]) -> list[dict[str, Any]]:
     """One line per prompt drawn for `step`: trained, or dropped with the reason and what the reward server said.
 
-    `rollouts` are those of the usable draws, in order.
+    `versions` are those of the weights that sampled its tokens, in their order.
+
+    `rollouts` are those of the usable draws, in order; None is a straggler.
     """
     remaining = iter(rollouts)
     lines: list[dict[str, Any]] = []
@@ -67,10 +69,15 @@ def accounting_lines(step: int, draws: Iterable[Draw], rollouts: Iterable[Rollou
         reason, rollout, said = draw.dropped, None, None
         if reason is None:
             rollout = next(remaining)
-            reason, said = drop_reason(rollout), _what_was_said(rollout)
+            if rollout is None:
+                reason = DropReason.STRAGGLER
+            else:
+                reason, said = drop_reason(rollout), _what_was_said(rollout)
         line["outcome"] = "trained" if reason is None else "dropped"
         if reason is not None:
             line["reason"] = reason.value
+        if rollout is not None and rollout.generation.versions:
+            line["versions"] = [weights.version for weights in rollout.generation.versions]
         if rollout is not None and isinstance(rollout.outcome, Failed):
             line["code"] = rollout.outcome.code
         if said:

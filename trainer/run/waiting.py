@@ -53,7 +53,7 @@ class WaitBoard:
         if wait is None:
             wait = self._waits[on] = Wait(waiting.target, waiting.reason, said=now)
             self._metrics.waiting.labels(on=on).set(1)
-        wait.reason = waiting.reason
+        wait.target, wait.reason = waiting.target, waiting.reason
         wait.calls.setdefault(call, now - waiting.since_seconds)
         if first or now - wait.said >= _REPEAT_SECONDS:
             wait.said = now

@@ -42,7 +42,7 @@ async def test_the_request_says_everything_and_nothing_more() -> None:
     async with client_of(server) as client:
         generation = await generate(client)
 
-    assert generation == Generation((9, 10, 11), (-1.0,) * 3, "9 10 11", FinishReason.EOS, 5, WEIGHTS)
+    assert generation == Generation((9, 10, 11), (-1.0,) * 3, "9 10 11", FinishReason.EOS, 5, (WEIGHTS,))
     (request,) = server.calls
     assert {field.name for field, _ in request.sampling.ListFields()} == {"temperature", "max_new_tokens", "seed", "n"}
     assert request.weights.exact == WEIGHTS.to_proto()

@@ -290,3 +290,20 @@ async def test_abandoned_samples_leave_nothing_running() -> None:
         assert not watch.calls
         with pytest.raises(asyncio.CancelledError):
             await asking
+
+
+async def test_a_call_ends_once_nobody_waits_for_its_samples_and_those_that_queue_are_never_sent() -> None:
+    server = ScriptedReward(grpc.StatusCode.UNAVAILABLE, scored, max_samples=2, max_concurrent_calls=1)
+    watch = Watch()
+
+    async with client_of(server, watch=watch) as client:
+        asking = [asyncio.create_task(client.score(sample(number))) for number in range(4)]
+        await watch.called.wait()
+        for task in asking[:3]:
+            task.cancel()
+
+        assert await asking[3] == Scored(1.0)
+        assert not watch.calls
+
+    assert [each.sample_id for each in server.calls[-1].samples] == ["run/1/3/hash"]
+    assert len(server.calls) == 2

@@ -46,6 +46,8 @@ nan = float("nan")
             {"rollout_logprobs": [torch.zeros(1), torch.tensor([0.0, -float("inf")])]},
             r"rollout_logprobs\[1\]\[1\] is -inf",
         ),
+        ({"staleness": torch.tensor([0, -1])}, r"staleness is \[0, -1\]"),
+        ({"staleness": torch.tensor([1])}, r"staleness is \[1\]: it must be 2 numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], message: str) -> None:

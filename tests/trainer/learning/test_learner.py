@@ -130,6 +130,28 @@ def test_the_gap_between_trainer_and_rollout_is_reported(folder: Path, old_logpr
     assert statistics["rollout/logprob_gap_mean"] == pytest.approx(0.5 / tokens, abs=1e-4)
 
 
+def test_stale_tokens_weigh_by_how_much_likelier_they_became(folder: Path) -> None:
+    def trained(rollout_logprobs: list[torch.Tensor] | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+        learner = make_learner(folder, settings={"ppo_epochs": 1, "vf_coef": 0.0}, **options)
+        statistics = learner.step(make_batch(rollout_logprobs=rollout_logprobs, staleness=torch.arange(8) % 3))
+        return parameters(learner), statistics
+
+    unweighted, statistics = trained(None)
+    old = statistics["objective/logprobs"]
+    fresh, as_fresh = trained(old, importance_cap=2.0)
+    stale, as_stale = trained([row + 1 for row in old], importance_cap=2.0)
+    _, as_capped = trained([row - 9 for row in old], importance_cap=2.0)
+
+    assert same(fresh, unweighted)
+    assert not same(stale, unweighted)
+    weights = [as_fresh, as_stale, as_capped]
+    assert [each["ppo/policy/importance_weight_mean"] for each in weights] == pytest.approx([1, math.exp(-1), 2])
+    assert [each["ppo/policy/importance_clipped"] for each in weights] == [0, 0, 1]
+    assert as_capped["ppo/loss/policy"] == pytest.approx(2 * as_fresh["ppo/loss/policy"], abs=1e-6)
+    assert as_stale["rollout/staleness_mean"] == 7 / 8
+    assert as_stale["rollout/staleness_max"] == 2
+
+
 def test_token_rewards_count_like_a_score_on_the_last_token(folder: Path) -> None:
     batch = make_batch()
     as_score, as_token_rewards = make_learner(folder), make_learner(folder)
@@ -276,6 +298,7 @@ def test_the_policy_s_parameters_have_the_names_of_transformers(folder: Path) ->
     ("settings", "options", "message"),
     [
         ({}, {"temperature": 0.0}, "temperature is 0.0"),
+        ({}, {"importance_cap": 0.0}, "importance_cap is 0.0"),
         ({"kl_penalty": "full"}, {"reference": False}, "kl_penalty=full needs .* its own reference"),
         ({"kl_penalty": "full"}, {"old_logprobs": "rollout"}, "kl_penalty=full needs .* old_logprobs=trainer"),
     ],
@@ -304,6 +327,7 @@ def test_an_accelerator_that_accumulates_by_itself_is_refused(folder: Path) -> N
         (9, {}, "the batch has 9 samples, batch_size is 8"),
         (8, {"reference": False}, "no reference_logprobs"),
         (8, {"old_logprobs": "rollout"}, "needs rollout_logprobs"),
+        (8, {"importance_cap": 2.0}, "importance_cap needs rollout_logprobs"),
     ],
 )
 def test_a_batch_that_does_not_fit_the_settings_changes_nothing(

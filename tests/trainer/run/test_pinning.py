@@ -49,17 +49,19 @@ def test_a_server_that_does_not_fit_is_refused_with_what_differs(field: str, val
 
 
 def test_what_the_run_began_with_passes() -> None:
-    check_pins(PINS, reference_digest="xxh3_128:aa", tokenizer_digest="sha256:bb")
+    check_pins(PINS, owner="policy server host:1", reference_digest="xxh3_128:aa", tokenizer_digest="sha256:bb")
 
 
 def test_a_reference_of_a_trained_folder_is_refused_because_the_kl_would_begin_again() -> None:
-    with pytest.raises(PinError, match="the KL would silently start again"):
-        check_pins(PINS, reference_digest="xxh3_128:trained", tokenizer_digest="sha256:bb")
+    with pytest.raises(PinError, match=r"of policy server host:1 .* the KL would silently start again"):
+        check_pins(
+            PINS, owner="policy server host:1", reference_digest="xxh3_128:trained", tokenizer_digest="sha256:bb"
+        )
 
 
 def test_another_tokenizer_is_refused() -> None:
     with pytest.raises(PinError, match="not the one that this run began with"):
-        check_pins(PINS, reference_digest="xxh3_128:aa", tokenizer_digest="sha256:cc")
+        check_pins(PINS, owner="policy server host:1", reference_digest="xxh3_128:aa", tokenizer_digest="sha256:cc")
 
 
 def test_weights_are_compared_in_the_type_that_they_are_served_in() -> None:

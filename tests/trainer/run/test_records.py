@@ -26,7 +26,7 @@ def rollout(row: int, outcome: Outcome | None, tokens: tuple[int, ...] = (5, 6),
         text="text",
         finish_reason=FinishReason.EOS,
         seed=0,
-        oldest_weights=WeightsVersion(),
+        versions=(WeightsVersion("run", 1, 7),) if tokens else (),
     )
     return Rollout(row, prompt(row), generation, f"sample {row}", outcome, None)
 
@@ -38,27 +38,31 @@ def test_every_prompt_drawn_is_accounted_for_once_with_the_reason() -> None:
         Draw(Cursor(0, 2), prompt(12)),
         Draw(Cursor(1, 0), prompt(13)),
         Draw(Cursor(1, 1), prompt(14)),
+        Draw(Cursor(1, 2), prompt(15)),
     ]
     rollouts = [
         rollout(0, Scored(1.0)),
         rollout(1, Failed("NO_COLUMN", "stars is missing")),
         rollout(2, Abstained("not English")),
         rollout(3, None, tokens=()),
+        None,
     ]
 
     lines = accounting_lines(4, draws, rollouts)
 
-    assert [line["row"] for line in lines] == [10, 11, 12, 13, 14]
-    assert [line["outcome"] for line in lines] == ["trained", *["dropped"] * 4]
+    assert [line["row"] for line in lines] == [10, 11, 12, 13, 14, 15]
+    assert [line["outcome"] for line in lines] == ["trained", *["dropped"] * 5]
     assert [line.get("reason") for line in lines] == [
         None,
         "prompt_too_long",
         "failed",
         "abstained",
         "empty_completion",
+        "straggler",
     ]
-    assert [line.get("code") for line in lines] == [None, None, "NO_COLUMN", None, None]
-    assert [line.get("said") for line in lines] == [None, None, "stars is missing", "not English", None]
+    assert [line.get("versions") for line in lines] == [[7], None, [7], [7], None, None]
+    assert [line.get("code") for line in lines] == [None, None, "NO_COLUMN", None, None, None]
+    assert [line.get("said") for line in lines] == [None, None, "stars is missing", "not English", None, None]
     assert {line["step"] for line in lines} == {4}
 
 

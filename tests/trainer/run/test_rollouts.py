@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -17,7 +19,6 @@ from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, sco
 from trainer.clients.policy import BrokenServerError, PolicyClient
 from trainer.clients.rewards import RewardClient, Scored
 from trainer.clients.waits import CallWatch
-from trainer.run.pinning import PinError
 from trainer.run.prompts import Prompt, Record
 from trainer.run.rollouts import Rollout, RolloutCollector, Sampling
 from trainer.versions import WeightsVersion
@@ -31,16 +32,11 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(Record(row, text, {"row": str(row)}), text, (100 * row + 1,)) for row, text in enumerate(texts)]
 
 
-async def unchecked() -> None:
-    pass
-
-
 @contextlib.asynccontextmanager
 async def collector_of(
     policy: ScriptedPolicy,
     reward: ScriptedReward,
     watch: CallWatch | None = None,
-    check_server: Callable[[], Awaitable[None]] = unchecked,
 ) -> AsyncIterator[RolloutCollector]:
     async with serving(policy.add_to) as policy_address, serving(reward.add_to) as reward_address:
         policy_client = PolicyClient(policy_address, retry=FAST, watch=watch)
@@ -54,17 +50,24 @@ async def collector_of(
                 sampling=Sampling(temperature=0.7, max_new_tokens=8),
                 concurrency=4,
                 served_reference=True,
-                check_server=check_server,
             )
         finally:
             await policy_client.close()
             await rewards.close()
 
 
-async def collect(collector: RolloutCollector, count: int, name: str = "1") -> list[Rollout]:
-    return await collector.collect(
-        prompts(count), name=name, step=1, seeds=range(count), weights=WEIGHTS, on_generated=lambda done, of: None
+async def collect(collector: RolloutCollector, count: int, name: str = "1", **options: Any) -> list[Rollout]:
+    """All rollouts but those of stragglers, which only `enough` makes."""
+    rollouts = await collector.collect(
+        prompts(count),
+        name=name,
+        step=1,
+        seeds=range(count),
+        weights=WEIGHTS,
+        on_generated=lambda done, of: None,
+        **options,
     )
+    return [rollout for rollout in rollouts if rollout is not None]
 
 
 async def test_rollouts_come_in_the_order_of_the_prompts_with_their_own_rewards() -> None:
@@ -107,21 +110,6 @@ async def test_reference_calls_keep_to_the_servers_limits_whatever_the_completio
 
     assert sorted(len(call.sequences) for call in policy.scored) == [1, 3, 3]
     assert all(rollout.reference_logprobs == (-0.5, -0.5, -0.5) for rollout in rollouts)
-
-
-async def test_reference_numbers_of_a_server_that_was_swapped_meanwhile_are_not_believed() -> None:
-    policy = ScriptedPolicy(completed)
-    scored_before_the_check: list[int] = []
-
-    async def check_server() -> None:
-        scored_before_the_check.append(sum(len(call.sequences) for call in policy.scored))
-        raise PinError("another reference")
-
-    async with collector_of(policy, ScriptedReward(scored), check_server=check_server) as collector:
-        with pytest.raises(PinError, match="another reference"):
-            await collect(collector, 20)
-
-    assert scored_before_the_check == [20]
 
 
 async def test_sample_ids_change_with_the_tokens_and_only_with_them() -> None:
@@ -203,6 +191,66 @@ async def test_tokens_of_other_weights_never_become_a_rollout() -> None:
     async with collector_of(ScriptedPolicy(stale), ScriptedReward(scored)) as collector:
         with pytest.raises(BrokenServerError, match="sampled row 0 with version 1"):
             await collect(collector, 1)
+
+
+async def test_later_weights_will_do_where_they_are_allowed_and_earlier_ones_never() -> None:
+    def sampled_with(*versions: int) -> Any:
+        def answer(request: policy_pb2.GenerateRequest) -> policy_pb2.GenerateResponse:
+            response = completed(request, tokens=len(versions))
+            spans = [
+                policy_pb2.VersionSpan(weights=WeightsVersion("run", 1, version).to_proto(), token_count=1)
+                for version in versions
+            ]
+            del response.completions[0].spans[:]
+            response.completions[0].spans.extend(spans)
+            return response
+
+        return answer
+
+    async with collector_of(ScriptedPolicy(sampled_with(2, 3)), ScriptedReward(scored)) as collector:
+        (rollout,) = await collect(collector, 1, or_later=True)
+        with pytest.raises(BrokenServerError, match=r"was asked for version 2 .* sampled row 0 with version 3"):
+            await collect(collector, 1)
+    assert [version.version for version in rollout.generation.versions] == [2, 3]
+
+    async with collector_of(ScriptedPolicy(sampled_with(1, 2)), ScriptedReward(scored)) as collector:
+        with pytest.raises(BrokenServerError, match="or later and sampled row 0 with version 1"):
+            await collect(collector, 1, or_later=True)
+
+
+async def test_once_enough_are_scored_the_stragglers_are_cancelled_wherever_they_are() -> None:
+    """Row 1 is never generated, row 2 never scored, row 3 fails, and the others come through."""
+
+    class Slow(ScriptedPolicy):
+        async def Generate(  # noqa: N802
+            self, request: policy_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        ) -> policy_pb2.GenerateResponse:
+            if request.prompt.token_ids.ids[0] == 101:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+                cancelled.append(request)
+            return await super().Generate(request, context)
+
+    def never_two(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        response = scored(request)
+        for sample, result in zip(request.samples, response.results, strict=True):
+            if sample.metadata["row"] == "2":
+                result.pending.retry_after.FromSeconds(1000)
+            if sample.metadata["row"] == "3":
+                result.failed.code = "NO"
+        return response
+
+    cancelled: list[policy_pb2.GenerateRequest] = []
+    policy = Slow(completed)
+    async with collector_of(policy, ScriptedReward(never_two)) as collector:
+        rollouts = await collect(collector, 8, enough=4)
+
+    rows = {rollout.row: rollout for rollout in rollouts}
+    assert rows.keys().isdisjoint({1, 2})
+    kept = [rollout for rollout in rollouts if isinstance(rollout.outcome, Scored)]
+    assert len(kept) == 4
+    assert all(rollout.reference_logprobs == (-0.5, -0.5, -0.5) for rollout in rollouts)
+    assert len(cancelled) == 1
 
 
 async def test_the_first_final_error_ends_the_collection_and_leaves_nothing_running() -> None:

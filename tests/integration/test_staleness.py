@@ -1,0 +1,79 @@
+"""Rollouts that run ahead of the learner: what is recorded of their versions, and what a stop leaves of them."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.integration.training import World, assert_accounted_once, assert_finished, metric
+from tests.support.processes import wait_for
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> str:
+    """The name of a run that was one version ahead of itself."""
+    assert_finished(world.trainer("ahead", reproducible=False, max_staleness=1, steps=STEPS))
+    return "ahead"
+
+
+def test_no_token_is_staler_than_allowed_and_every_sample_has_its_versions(world: World, finished: str) -> None:
+    assert_accounted_once(world, finished)
+    lines = world.lines(finished, "accounting.jsonl")
+    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * 8
+    for line in lines:
+        trained_at = line["step"] - 1
+        assert line["versions"] == sorted(line["versions"])
+        assert trained_at - 1 <= line["versions"][0] <= line["versions"][-1] <= trained_at
+    assert any(line["versions"][0] < line["step"] - 1 for line in lines), "no rollout ran ahead"
+
+
+def test_every_step_says_how_stale_it_was_and_how_its_tokens_were_weighed(world: World, finished: str) -> None:
+    lines = world.lines(finished, "accounting.jsonl")
+    steps = world.lines(finished, "metrics.jsonl", "step")
+    for step in steps:
+        staleness = [step["step"] - 1 - line["versions"][0] for line in lines if line["step"] == step["step"]]
+        assert step["rollout/staleness_max"] == max(staleness)
+        assert step["rollout/staleness_mean"] == pytest.approx(sum(staleness) / len(staleness))
+        assert 0 < step["ppo/policy/importance_weight_mean"] <= 2
+        assert 0 <= step["ppo/policy/importance_clipped"] <= 1
+    assert steps[0]["rollout/staleness_max"] == 0
+    assert steps[0]["ppo/policy/importance_weight_mean"] == pytest.approx(1, abs=1e-3)
+    assert max(step["rollout/staleness_max"] for step in steps) == 1
+    stale = [step for step in steps if step["rollout/staleness_mean"] > 0]
+    assert any(abs(step["ppo/policy/importance_weight_mean"] - 1) > 1e-3 for step in stale)
+
+
+def test_prompts_of_rollouts_that_a_stop_threw_away_are_drawn_again(world: World) -> None:
+    trainer = world.trainer("ahead-stopped", reproducible=False, max_staleness=2, steps=STEPS, save_every=100)
+    wait_for(lambda: world.steps_done("ahead-stopped") >= 1, within=120, what="first step")
+    trainer.signal(signal.SIGTERM)
+    assert trainer.wait_exit(within=60) == 143, trainer.log_text()
+    stopped_at = world.steps_done("ahead-stopped")
+    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == stopped_at * 8
+
+    again = world.trainer("ahead-stopped", "--resume", reproducible=False, max_staleness=2, steps=STEPS, save_every=1)
+    wait_for(lambda: world.steps_done("ahead-stopped") > stopped_at, within=120, what="another step")
+    again.kill()
+    assert_finished(world.trainer("ahead-stopped", "--resume", reproducible=False, max_staleness=2, steps=STEPS))
+
+    assert_accounted_once(world, "ahead-stopped")
+    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == STEPS * 8
+
+
+def test_a_policy_server_killed_while_the_learner_learns_gets_whole_weights(world: World) -> None:
+    trainer = world.trainer("ahead-killed", reproducible=False, max_staleness=1, steps=STEPS)
+    wait_for(lambda: world.steps_done("ahead-killed") >= 1, within=120, what="first step")
+    world.policy.kill()
+    wait_for(
+        lambda: trainer.poll() is not None or metric(trainer, "rlhf_trainer_waiting", on="policy") == 1,
+        within=60,
+        what="wait for the policy",
+    )
+    world.restart_policy()
+
+    assert_finished(trainer)
+    assert_accounted_once(world, "ahead-killed")
+    assert all(line["rollout/staleness_max"] <= 1 for line in world.lines("ahead-killed", "metrics.jsonl", "step"))
