@@ -34,9 +34,9 @@ def assert_near(world: World, run: str, other: str) -> None:
         torch.testing.assert_close(own, tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: name + said)
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize(("sharding", "victim"), [("none", 1), ("fsdp", 0)])
 def test_a_run_on_two_ranks_that_is_stopped_and_killed_ends_near_one_of_a_single_process(
-    world: World, sharding: str
+    world: World, sharding: str, victim: int
 ) -> None:
     run, alone = f"two-{sharding}", f"alone-{sharding}"
     # At a small rate rounding does not reach a sampled token.
@@ -53,8 +53,9 @@ def test_a_run_on_two_ranks_that_is_stopped_and_killed_ends_near_one_of_a_single
 
     killed = world.trainer(run, "--resume", **two)
     wait_for(lambda: killed.poll() is not None or world.steps_done(run) >= 2, within=120, what="another step")
-    os.kill(process_of(killed, 1), signal.SIGKILL)
+    os.kill(process_of(killed, victim), signal.SIGKILL)
     assert killed.wait_exit(within=90) != 0
+    assert victim or "rank 0 is gone" in killed.log_text()
     assert_finished(world.trainer(run, "--resume", **two))
 
     assert_accounted_once(world, run)

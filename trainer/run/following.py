@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rlhf.logs import bound_context, get_logger
-from trainer.learning.control import END
+from trainer.learning.control import END, lost_ranks_named
 from trainer.learning.learner import NonFiniteLossError, PPOLearner
 from trainer.learning.ranks import Ranks
 from trainer.model import AutoModelForCausalLMWithValueHead
@@ -69,14 +68,17 @@ def follow(settings: TrainerSettings, ranks: Ranks) -> int:
             if command == END:
                 code: int = arguments[0]
                 return code
-            # Bad input and bad numbers are the same on every rank, and rank 0 says what becomes of them.
-            with contextlib.suppress(ValueError, NonFiniteLossError):
-                if command == _BUILD:
-                    blueprint: Blueprint = arguments[0]
-                    model, reference = blueprint.build()
-                    learner = new_learner(settings, model, reference, pad_id=blueprint.pad_id, ranks=ranks)
-                else:
-                    getattr(learner, command)(*arguments)
+            try:
+                with lost_ranks_named():
+                    if command == _BUILD:
+                        blueprint: Blueprint = arguments[0]
+                        model, reference = blueprint.build()
+                        learner = new_learner(settings, model, reference, pad_id=blueprint.pad_id, ranks=ranks)
+                    else:
+                        getattr(learner, command)(*arguments)
+            except (ValueError, NonFiniteLossError) as error:
+                # Bad input and bad numbers are the same on every rank, and rank 0 says what becomes of them.
+                _log.warning(f"{command} failed here, as it should have on every rank: {error}")
 
 
 def _empty(config: Any, dtype: torch.dtype) -> PreTrainedModel:
