@@ -68,7 +68,8 @@ def assert_nothing_lost(world: World, run: str, judge: Judge, *, asked_once: boo
         rewards = [line["reward"] for line in world.lines(run, "accounting.jsonl") if line["step"] == step["step"]]
         assert abs(step["ppo/mean_scores"] - torch.tensor(rewards).mean().item()) < 1e-6
     if asked_once:
-        assert [sample_id for sample_id, times in Counter(given).items() if times > 1] == []
+        times = Counter(sample_id for sample_id, _ in given)
+        assert [sample_id for sample_id in times if times[sample_id] > 1] == []
 
 
 def waits_for(trainer: ProcessUnderTest, on: str) -> None:

@@ -45,7 +45,6 @@ class JudgeSettings(ServerSettings):
     log: Path
     gate: Path
     manner: Manner = Manner.WELL
-    told_version: str = "1"
 
 
 class Judge(reward_pb2_grpc.RewardServiceServicer):
@@ -86,7 +85,7 @@ class Judge(reward_pb2_grpc.RewardServiceServicer):
     async def GetRewardInfo(  # noqa: N802
         self, request: reward_pb2.GetRewardInfoRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.GetRewardInfoResponse:
-        return reward_pb2.GetRewardInfoResponse(name="vowels", version=self._settings.told_version)
+        return reward_pb2.GetRewardInfoResponse(name="vowels", version="1")
 
     def _allowed(self) -> float:
         return float(self._settings.gate.read_text()) if self._settings.gate.exists() else float("inf")
