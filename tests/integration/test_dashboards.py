@@ -21,6 +21,8 @@ from tests.support.prometheus import Prometheus, announce, prometheus
 
 MONITORING = ROOT / "k8s" / "monitoring"
 RUN = "watched"
+# Enough that every rate rises between two scrapes, a second apart, on a quick machine too.
+STEPS = 15
 # A fifth of the rows is ABSTAINED; the others have a component.
 PARTLY = """
 from reward_server import Reward
@@ -58,7 +60,7 @@ def watched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         announce(files["rlhf-policy"], world.policy.metrics_url)
         announce(files["rlhf-reward"], giving.metrics_url, asking.metrics_url)
         wait_for(lambda: len(server.query("up == 1")) == 3, within=30, what="scrape of the servers")
-        trainer = world.trainer(RUN, "--metrics-linger", "60", reward=asking, steps=3)
+        trainer = world.trainer(RUN, "--metrics-linger", "60", reward=asking, steps=STEPS)
         trainer.wait_bound()
         announce(files["rlhf-trainer"], trainer.metrics_url)
         wait_for(lambda: server.query("rlhf_trainer_step >= 1"), within=120, what="step that Prometheus saw")
@@ -98,7 +100,7 @@ def test_prometheus_saw_that_the_run_was_finished_and_no_alert_fired(watched: Wa
         return max(float(series["value"][1]) for series in watched.prometheus.query(expression))
 
     assert largest("last_over_time(rlhf_trainer_finished[5m])") == 1
-    assert largest("last_over_time(rlhf:policy_weights_version:by_run[5m])") == 3
+    assert largest("last_over_time(rlhf:policy_weights_version:by_run[5m])") == STEPS
     assert not [
         series["metric"] for series in watched.prometheus.query('last_over_time(ALERTS{alertstate="firing"}[5m])')
     ]
