@@ -46,17 +46,7 @@ async def serve(settings: PolicySettings) -> None:
     """Load, serve until SIGTERM or SIGINT, drain. Raises ModelError, BindError, CredentialsError."""
     _require_free(settings.listen)
     keep_freed_memory(_KEPT_BYTES, of_any_size=False)
-    server = Server(
-        "policy",
-        listen=settings.listen,
-        metrics_port=settings.metrics_port,
-        metrics_host=settings.metrics_host,
-        max_message_bytes=settings.max_message_bytes,
-        drain_seconds=settings.drain_seconds,
-        grace_seconds=settings.grace_seconds,
-        endpoint_file=settings.endpoint_file,
-        security=settings.security(),
-    )
+    server = Server.of("policy", settings)
     engine = await add_services(server, settings)
     try:
         await server.start()

@@ -46,17 +46,7 @@ async def _serve(reward: RewardKind, settings: RewardSettings) -> None:
         max_request_bytes=settings.max_message_bytes,
         max_concurrent_calls=settings.max_concurrent_calls,
     )
-    server = Server(
-        "reward_server",
-        listen=settings.listen,
-        metrics_port=settings.metrics_port,
-        metrics_host=settings.metrics_host,
-        max_message_bytes=settings.max_message_bytes,
-        drain_seconds=settings.drain_seconds,
-        grace_seconds=settings.grace_seconds,
-        endpoint_file=settings.endpoint_file,
-        security=settings.security(),
-    )
+    server = Server.of("reward_server", settings)
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server.grpc)  # type: ignore[no-untyped-call]
     server.register(SERVICE_NAME, serving=False)
     await server.start()

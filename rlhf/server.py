@@ -7,7 +7,7 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +24,7 @@ from rlhf.security.access import Access
 from rlhf.security.config import ServerSecurity
 from rlhf.security.receiving import Receiving
 from rlhf.security.roles import ROLES, RolesByRpc
+from rlhf.security.settings import SecuredServerSettings
 from rlhf.security.tls import server_credentials
 
 _log = get_logger(__name__)
@@ -115,6 +116,21 @@ class Server:
         self._health_updates: set[asyncio.Task[None]] = set()
         self._address: str | None = None
         self._metrics: MetricsEndpoint | None = None
+
+    @classmethod
+    def of(cls, name: str, settings: SecuredServerSettings) -> Self:
+        """As a process is told by its settings. Raises CredentialsError."""
+        return cls(
+            name,
+            listen=settings.listen,
+            metrics_port=settings.metrics_port,
+            metrics_host=settings.metrics_host,
+            max_message_bytes=settings.max_message_bytes,
+            drain_seconds=settings.drain_seconds,
+            grace_seconds=settings.grace_seconds,
+            endpoint_file=settings.endpoint_file,
+            security=settings.security(),
+        )
 
     @property
     def address(self) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 import grpc
 
 from reward_server.conformance.exchange import Headers
-
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+from rlhf.addresses import is_loopback
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Target:
             ("grpc.min_reconnect_backoff_ms", 1000),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
-        if self.address.startswith(_LOOPBACK):
+        if is_loopback(self.address):
             # A proxy from the environment can't reach this machine's loopback.
             options.append(("grpc.enable_http_proxy", 0))
         if not self.tls:

@@ -43,8 +43,6 @@ class Reloaded(Generic[T]):
             raise CredentialsError(_unreadable(error)) from error
         self._seen = _signature(self._files)
         self._looked = time.monotonic()
-        self.generation = 0
-        """Goes up with each value."""
         CREDENTIALS_BROKEN.labels(what).set(0)
 
     def current(self) -> T:
@@ -74,7 +72,6 @@ class Reloaded(Generic[T]):
         if files == self._files and _signature(files) != before:
             return  # they changed while they were read, and may not belong together: looked at again
         self._value, self._files, self._seen = value, files, _signature(files)
-        self.generation += 1
         CREDENTIALS_RELOADS.labels(self._what, "ok").inc()
         CREDENTIALS_BROKEN.labels(self._what).set(0)
         _log.info(f"new {self._what}")

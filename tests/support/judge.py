@@ -16,10 +16,11 @@ from pathlib import Path
 import grpc
 from pydantic_settings import SettingsConfigDict
 
-from rlhf.config import ServerSettings, load_settings
+from rlhf.config import load_settings
 from rlhf.failures import RpcFailure, overloaded, unavailable
 from rlhf.logs import configure_logging
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
+from rlhf.security.settings import SecuredServerSettings
 from rlhf.server import Server
 
 SERVICE = "rlhf.reward.v1.RewardService"
@@ -37,7 +38,7 @@ class Manner(enum.Enum):
     ANSWERS_A_STRANGER = "answers-a-stranger"
 
 
-class JudgeSettings(ServerSettings):
+class JudgeSettings(SecuredServerSettings):
     """What the process is told."""
 
     model_config = SettingsConfigDict(env_prefix="RLHF_JUDGE_")
@@ -100,16 +101,7 @@ class Judge(reward_pb2_grpc.RewardServiceServicer):
 
 
 async def _serve(settings: JudgeSettings) -> None:
-    server = Server(
-        "judge",
-        listen=settings.listen,
-        metrics_port=settings.metrics_port,
-        metrics_host=settings.metrics_host,
-        max_message_bytes=settings.max_message_bytes,
-        drain_seconds=settings.drain_seconds,
-        grace_seconds=settings.grace_seconds,
-        endpoint_file=settings.endpoint_file,
-    )
+    server = Server.of("judge", settings)
     reward_pb2_grpc.add_RewardServiceServicer_to_server(Judge(settings), server.grpc)  # type: ignore[no-untyped-call]
     server.register(SERVICE, serving=True)
     await server.start()

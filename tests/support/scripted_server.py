@@ -104,17 +104,7 @@ class ScriptedSettings(SecuredServerSettings):
 
 
 async def _serve(settings: ScriptedSettings) -> None:
-    server = Server(
-        "scripted server",
-        listen=settings.listen,
-        metrics_port=settings.metrics_port,
-        metrics_host=settings.metrics_host,
-        max_message_bytes=settings.max_message_bytes,
-        drain_seconds=settings.drain_seconds,
-        grace_seconds=settings.grace_seconds,
-        endpoint_file=settings.endpoint_file,
-        security=settings.security(),
-    )
+    server = Server.of("scripted server", settings)
     ScriptedServicer({"failure": lambda: RpcFailure(grpc.StatusCode.ABORTED, "as scripted")}).add_to(server.grpc)
     server.register(SERVICE, serving=True)
     await server.start()

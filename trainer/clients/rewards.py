@@ -252,8 +252,10 @@ class RewardClient:
         self._send_what_fits()
 
     def _end_idle_calls(self, result: asyncio.Future[Outcome]) -> None:
+        if not result.cancelled():
+            return
         for call, batch in self._calls.items():
-            if result.cancelled() and all(job.result.cancelled() for job in batch):
+            if all(job.result.cancelled() for job in batch):
                 call.cancel()
 
     def _cut_batch(self) -> list[_Job]:
