@@ -51,6 +51,20 @@ class Sharding(enum.StrEnum):
     FSDP = "fsdp"
 
 
+class LrScheduler(enum.StrEnum):
+    """The learning rate after warm-up, by transformers' names."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    INVERSE_SQRT = "inverse_sqrt"
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the rate depends on how long the run is."""
+        return self in (LrScheduler.LINEAR, LrScheduler.COSINE)
+
+
 _UNTRAINABLE = {
     "top_k",
     "top_p",
@@ -202,6 +216,15 @@ class TrainerSettings(PPOConfig, AccessSettings):
         MixedPrecision.NO, description="Compute in fp32 (no) or by bf16 autocast; weights and losses are fp32 always"
     )
 
+    lr_scheduler: LrScheduler = Field(
+        LrScheduler.CONSTANT,
+        description="What becomes of the learning rate: constant, linear and cosine (down to 0 at the last of steps), "
+        "inverse_sqrt",
+    )
+    lr_warmup_steps: int = Field(
+        0, ge=0, description="Steps in which it rises from 0 before that", json_schema_extra=_unit("PPO steps")
+    )
+
     sharding: Sharding = Field(
         Sharding.NONE,
         description="Under several processes: each holds the model (none, DDP), or a part of it (fsdp, FSDP2)",
@@ -307,6 +330,8 @@ class TrainerSettings(PPOConfig, AccessSettings):
                 )
             if self.reference_model is not None:
                 raise ValueError("reference_model is only used with reference=trainer; give --reference to the server")
+        if self.lr_warmup_steps >= self.steps:
+            raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than steps ({self.steps})")
         if self.reproducible and self.max_staleness > 0:
             raise ValueError(
                 f"max_staleness={self.max_staleness} can't be reproducible: how far a completion is when new weights "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from trainer.learning.assessment import Assessment, assess, pad_rows
@@ -90,7 +91,8 @@ class PPOLearner:
     log-probabilities. temperature: what the rollout was sampled at; all log-probabilities are of logits / temperature.
     old_logprobs: where the probability ratio starts from, recomputed here or as the rollout gave them.
     importance_cap: weigh each token's policy loss by min(exp(old − rollout), cap), for batches that older weights
-    sampled; None = do not. optimizer: Adam if None. lr_scheduler: stepped once per `step`.
+    sampled; None = do not. optimizer: Adam if None. lr_scheduler: of that optimizer, or what makes one of
+    the learner's; stepped once per `step`.
 
     ranks: the processes that train together; every one makes a learner, with the same arguments but for the weights,
     which are rank 0's, and calls the same methods in the same order. By DDP each holds the model; `sharded`, by FSDP2,
@@ -111,7 +113,7 @@ class PPOLearner:
         importance_cap: float | None = None,
         accelerator: Any | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         ranks: Ranks = ALONE,
         sharded: bool = False,
     ) -> None:
@@ -159,7 +161,7 @@ class PPOLearner:
             lr=config.learning_rate,
             fused=True,
         )
-        self._lr_scheduler = lr_scheduler
+        self._lr_scheduler = lr_scheduler(self._optimizer) if callable(lr_scheduler) else lr_scheduler
         if accelerator is not None:
             # What is sharded by FSDP must not be wrapped by DDP, which "evaluation" means here.
             self._wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)

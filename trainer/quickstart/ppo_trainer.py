@@ -14,6 +14,7 @@ import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.random import set_seed
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,8 +57,8 @@ class PPOTrainer:
 
     config, model, ref_model, tokenizer: as in TRL. Without `ref_model` the reference is a frozen copy of `model` as it
     is now. dataset: its batches of `config.batch_size`, shuffled and collated by `data_collator`, are `dataloader`.
-    optimizer: Adam unless given. lr_scheduler: stepped once per `step`. accelerator: one of your own, with trackers
-    that `log_stats` writes to.
+    optimizer: Adam unless given. lr_scheduler: of that optimizer, or a function that makes one of Adam; stepped once
+    per `step`. accelerator: one of your own, with trackers that `log_stats` writes to.
 
     policy_server: "host:port" of a policy server. Then responses and reference log-probabilities come from there, and
     the weights go there now and after every `step`. The server's tokenizer and its reference must be this trainer's
@@ -77,7 +78,7 @@ class PPOTrainer:
         optimizer: torch.optim.Optimizer | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         num_shared_layers: int | None = None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         training_data_collator: Callable[[list[Any]], Any] | None = None,
         *,
         accelerator: Accelerator | None = None,

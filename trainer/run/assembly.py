@@ -131,11 +131,12 @@ def _note_settings(settings: TrainerSettings) -> None:
     """Keep the settings beside the run, as a file for --config, and say which have changed since the last start."""
     file = settings.run_dir / "settings.yaml"
     now = settings.model_dump(mode="json")
+    free = _FREE_TO_CHANGE - {"steps"} if settings.lr_scheduler.ends_at_zero else _FREE_TO_CHANGE
     before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else now
     changed = {
         name: f"{before.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in _FREE_TO_CHANGE and before.get(name) != value
+        if name not in free and before.get(name) != value
     }
     if changed:
         _log.warning(

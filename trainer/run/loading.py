@@ -14,7 +14,8 @@ import torch
 import transformers
 from accelerate.accelerator import Accelerator
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
 
 from rlhf.fingerprints import tokenizer_digest, weights_digest
 from rlhf.logs import get_logger
@@ -26,7 +27,7 @@ from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
 from trainer.run.seeds import derive_seed
-from trainer.settings import ReferencePlace, Sharding, TrainerSettings
+from trainer.settings import LrScheduler, ReferencePlace, Sharding, TrainerSettings
 
 _log = get_logger(__name__)
 
@@ -143,6 +144,10 @@ def new_learner(
     """A learner that has trained nothing yet; raises SettingsError for what the model can't do."""
     # As `join_ranks` has it: accelerate keeps one state for the whole process.
     cpu = ranks.count > 1 and not torch.accelerator.is_available()
+
+    def schedule(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return lr_schedule(settings, optimizer)
+
     try:
         return PPOLearner(
             model,
@@ -153,11 +158,21 @@ def new_learner(
             old_logprobs=settings.old_logprobs.value,
             importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
             accelerator=Accelerator(mixed_precision=settings.mixed_precision.value, cpu=cpu),
+            lr_scheduler=schedule,
             ranks=ranks,
             sharded=settings.sharding is Sharding.FSDP,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def lr_schedule(settings: TrainerSettings, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """transformers' schedule of that name, counted in PPO steps."""
+    warmup, name = settings.lr_warmup_steps, settings.lr_scheduler
+    # What transformers calls constant has no warm-up.
+    called = "constant_with_warmup" if name is LrScheduler.CONSTANT else name.value
+    schedule: LRScheduler = get_scheduler(called, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
+    return schedule
 
 
 def split_off_held_out(records: Sequence[Record], *, most: int, seed: int) -> tuple[Sequence[Record], Sequence[Record]]:
