@@ -34,13 +34,19 @@ def assert_near(world: World, run: str, other: str) -> None:
         torch.testing.assert_close(own, tensor, rtol=0, atol=1e-5, msg=lambda said, name=name: name + said)
 
 
-@pytest.mark.parametrize(("sharding", "victim"), [("none", 1), ("fsdp", 0)])
+LORA = {"lora_rank": 4, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("sharding", "victim", "lora"),
+    [("none", 1, {}), ("fsdp", 0, {}), pytest.param("fsdp", 1, LORA, marks=pytest.mark.slow)],
+)
 def test_a_run_on_two_ranks_that_is_stopped_and_killed_ends_near_one_of_a_single_process(
-    world: World, sharding: str, victim: int
+    world: World, sharding: str, victim: int, lora: dict[str, object]
 ) -> None:
-    run, alone = f"two-{sharding}", f"alone-{sharding}"
+    run, alone = (f"{name}-{sharding}{'-lora' if lora else ''}" for name in ("two", "alone"))
     # At a small rate rounding does not reach a sampled token.
-    settings = {"steps": 3, "learning_rate": 1e-5, "reference": "trainer"}
+    settings = {"steps": 3, "learning_rate": 1e-5, "reference": "trainer", **lora}
     assert_finished(world.trainer(alone, **settings))
 
     two = {**settings, "sharding": sharding, "ranks": 2, "processes": 2}

@@ -30,7 +30,7 @@ _NO_MEANING_HERE = {
     "optimize_cuda_cache": "no cache is emptied between forwards; leave it out",
     "optimize_device_cache": "no cache is emptied between forwards; leave it out",
     "is_encoder_decoder": "only causal models are trained; leave it out",
-    "is_peft_model": "adapters are not supported; leave it out",
+    "is_peft_model": "the model tells by itself; leave it out",
     "world_size": _SET_BY_US,
     "backward_batch_size": _SET_BY_US,
     "global_backward_batch_size": _SET_BY_US,

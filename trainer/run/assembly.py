@@ -28,7 +28,7 @@ from trainer.run.start import checkpoint_store, find_start, model_folder
 from trainer.run.stopping import Stopped, StopSignal
 from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
-from trainer.settings import TrainerSettings
+from trainer.settings import LoraExport, TrainerSettings
 
 _log = get_logger(__name__)
 
@@ -38,7 +38,7 @@ _FREE_TO_CHANGE = frozenset(
         *(name for name in ProcessSettings.model_fields),
         *("run_dir", "run_id", "resume", "model", "policy_server", "reward_server"),
         *("policy_timeout", "reward_timeout", "publish_timeout", "rollout_concurrency"),
-        *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track"),
+        *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track", "lora_export"),
         *("check", "check_patience", "processes", "max_logprob_gap", "other_reference", "metrics_linger"),
     }
 )
@@ -207,4 +207,5 @@ def _plan(settings: TrainerSettings) -> Plan:
         seed=settings.seed,
         max_staleness=settings.max_staleness,
         oversample=settings.oversample,
+        merge_adapter=settings.lora_export is LoraExport.MERGED,
     )

@@ -40,11 +40,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Pins:
-    """What must not change within a run: the served reference's weights, the tokenizer, the reward."""
+    """What must not change within a run: the reference's weights, the tokenizer, the reward, what an adapter is of."""
 
     reference_digest: str
     tokenizer_digest: str
     reward_version: str
+    base_digest: str = ""
+    """Of the weights under an adapter; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,16 @@ class CheckpointStore:
         found = self._all()
         return found[0][0] if found else 0
 
-    def require_room(self, parameters: Iterable[Tensor]) -> str:
-        """Say how much room the checkpoints take and how much there is; raises CheckpointError when it is not enough.
+    def require_room(self, trained: Iterable[Tensor], *, model_bytes: int) -> str:
+        """Say how much room the run takes and how much there is; raises CheckpointError when it is not enough.
 
-        A checkpoint holds the weights and, as large each, Adam's two moments. One more than `keep` lie there while the
-        oldest goes; what lies there now counts.
+        A checkpoint holds what is trained and, as large each, Adam's two moments. One more than `keep` lie there while
+        the oldest goes; what lies there now counts. The finished run's model comes beside them.
         """
-        each = 3 * sum(parameter.nbytes for parameter in parameters)
+        each = 3 * sum(parameter.nbytes for parameter in trained)
         there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
-        needed, free = max(0, (self._keep + 1) * each - there), free_at(self._folder)
-        said = f"{self._keep + 1} checkpoints of {in_units(each)}"
+        needed, free = max(0, (self._keep + 1) * each + model_bytes - there), free_at(self._folder)
+        said = f"{self._keep + 1} checkpoints of {in_units(each)} and a model of {in_units(model_bytes)}"
         if free < needed:
             raise CheckpointError(
                 f"{self._folder} has {in_units(free)} free, but {said} need {in_units(needed)}: make room, lower "

@@ -52,6 +52,7 @@ class Plan:
     seed: int
     max_staleness: int
     oversample: float
+    merge_adapter: bool
 
     @property
     def draws(self) -> int:
@@ -77,6 +78,17 @@ class Parts:
     trackers: Sequence[Tracker]
     metrics: TrainerMetrics
     progress: Progress
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A learner's model as a run leaves it behind: an adapter merged into the weights, or alone."""
+
+    learner: PPOLearner
+    merge_adapter: bool
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.learner.save_pretrained(folder, merge_adapter=self.merge_adapter)
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,7 @@ class TrainingLoop:
                 lambda: save_model(
                     folder,
                     step=self.state.completed_step,
-                    model=self._parts.learner,
+                    model=_Export(self._parts.learner, merge_adapter=self._plan.merge_adapter),
                     tokenizer=self._parts.tokenizer,
                 )
             )
@@ -245,7 +257,8 @@ class TrainingLoop:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _publish(self) -> None:
-        await self._parts.policy.publish(self._parts.learner.policy_parameters(), self._weights())
+        learner = self._parts.learner
+        await self._parts.policy.publish(learner.policy_parameters(), self._weights(), frozen=learner.frozen_parameters)
         self._parts.metrics.publishes.inc()
         self._parts.metrics.weights_version.set(self.state.version)
 

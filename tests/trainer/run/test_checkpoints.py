@@ -198,13 +198,15 @@ def test_realigned_parameters_lie_on_64_bytes_and_tied_ones_stay_tied(tmp_path: 
 
 
 def test_what_the_checkpoints_there_take_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, parameters = CheckpointStore(tmp_path / "checkpoints", keep=1), [torch.zeros(250)]  # 2 of 3 kB
+    store, trained = CheckpointStore(tmp_path / "checkpoints", keep=1), [torch.zeros(250)]  # 2 of 3 kB
     free = shutil._ntuple_diskusage(10_000, 4_500, 5_500)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
 
-    with pytest.raises(CheckpointError, match=r"5\.5 kB free, but 2 checkpoints of 3 kB need 6 kB: make room, lower"):
-        store.require_room(parameters)
+    with pytest.raises(
+        CheckpointError, match=r"5\.5 kB free, but 2 checkpoints of 3 kB and a model of 100 B need 6\.1 kB"
+    ):
+        store.require_room(trained, model_bytes=100)
 
     save(store, 1)
     (tmp_path / "checkpoints" / "step-000001" / "learner.pt").write_bytes(bytes(1_000))
-    assert store.require_room(parameters) == "2 checkpoints of 3 kB, 5.5 kB free"
+    assert store.require_room(trained, model_bytes=100) == "2 checkpoints of 3 kB and a model of 100 B, 5.5 kB free"
