@@ -396,7 +396,7 @@ async def test_a_disk_without_room_for_the_checkpoints_is_told(
     failed, _, code = await checked(servers.settings(tmp_path / "run"))
 
     assert code == 78
-    assert "1 MB free, but 4 checkpoints of 454 kB and a model of 151 kB need 1.97 MB" in failed["disk space"]
+    assert "1 MB free, but 5 checkpoints of 454 kB, 2 models of 151 kB need 2.57 MB" in failed["disk space"]
     assert "make room, lower --keep-checkpoints (3), or give a --run-dir elsewhere" in failed["disk space"]
 
 

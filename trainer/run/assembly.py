@@ -24,7 +24,7 @@ from trainer.run.records import RunRecords
 from trainer.run.rollouts import RolloutCollector, Sampling
 from trainer.run.runfolder import StorageError, replace_durably, store_identity
 from trainer.run.servers import Servers
-from trainer.run.start import checkpoint_store, find_start, model_folder
+from trainer.run.start import best_folder, checkpoint_store, find_start, model_folder
 from trainer.run.stopping import Stopped, StopSignal
 from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
@@ -189,6 +189,7 @@ def _parts(
             collector=collector,
             agreement=preflight.agreement,
             checkpoints=checkpoint_store(settings),
+            best_folder=best_folder(settings),
             journal=journal,
             records=records,
             trackers=trackers,

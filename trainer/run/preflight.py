@@ -219,7 +219,9 @@ class Preflight:
         adapter_alone = self.model.model.is_peft_model and self._settings.lora_export is LoraExport.ADAPTER
         exported = trained if adapter_alone else [each for _, each in self.learner.policy_parameters()]
         return checkpoint_store(self._settings).require_room(
-            trained, model_bytes=sum(parameter.nbytes for parameter in exported)
+            trained,
+            model_bytes=sum(parameter.nbytes for parameter in exported),
+            with_best=self._settings.eval_prompts > 0,
         )
 
     async def _check_policy_server(self) -> str:
