@@ -139,8 +139,10 @@ class PolicyFleet:
         """
         kept = [(name, tensor.detach()) for name, tensor in tensors]
         if self._keep_copy:
+            # What stays the same needs no copy, unless reading it takes other ranks, which will be learning.
+            still = {name for name, each in kept if name in frozen and isinstance(each, Tensor)}
             kept = await asyncio.to_thread(
-                lambda: [(name, each if name in frozen else each.to("cpu", copy=True)) for name, each in kept]
+                lambda: [(name, each if name in still else each.to("cpu", copy=True)) for name, each in kept]
             )
         self._weights = _Weights(kept, weights, frozen)
         for replica in self._replicas.values():

@@ -570,9 +570,10 @@ class PPOLearner:
             device=self._device,
             ranks=self._ranks,
         )
-        for each in (model, reference):
-            if each is not None:
-                part_again(each)
+        # The policy too where it was asked as its own reference: rank 0 alone parts it again when it saves.
+        part_again(self._wrapped)
+        if reference is not None:
+            part_again(reference)
         return assessment
 
     def _rows(self, share: Share) -> ResponseRows:
