@@ -6,8 +6,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# How many test processes; each runs its models on one thread.
+# How many test processes; each runs its models on one thread. Neighbours share servers, so a process has its tests in
+# one piece, of which those that are done early take some over.
 JOBS   ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # Which example servers, and where cargo builds: gigabytes that do not belong into the tree.
 EXAMPLES ?= go rust typescript java cpp python
@@ -31,10 +33,10 @@ demo: $(READY) $(if $(filter go,$(REWARD)),example-go) ## Run PPO over the three
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(REWARD),--reward $(REWARD))
 
 test: $(READY) ## Run the tests that fit in a few minutes
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not examples and not trl"
+	$(PYTEST) -m "not slow and not examples and not trl"
 
 test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against TRL 0.11.4 in its own environment
-	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(BIN)/python -m pytest -n $(JOBS) -m "not examples"
+	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(PYTEST) -m "not examples"
 
 .venv-trl/.ready: tests/trainer/parity/requirements-trl.txt | $(READY)
 	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
@@ -42,7 +44,7 @@ test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against
 	@touch $@
 
 examples: $(READY) $(EXAMPLES:%=example-%) ## Build the example reward servers, run their tests and the conformance kit (EXAMPLES="go rust …")
-	$(BIN)/python -m pytest -n $(JOBS) -m examples -k "$(foreach language,$(EXAMPLES),[$(language)] or) none"
+	$(PYTEST) -m examples -k "$(foreach language,$(EXAMPLES),[$(language)] or) none"
 
 # Each by the tools of its language; buf comes from the virtual environment.
 example-%: export PATH := $(CURDIR)/$(BIN):$(PATH)
