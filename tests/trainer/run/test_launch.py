@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -18,12 +20,13 @@ NEEDED = {"model": "m", "policy_server": "127.0.0.1:1", "reward_server": "127.0.
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps one state for the whole process."""
-    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
+def no_launcher() -> Iterator[None]:
+    """accelerate keeps one state for the whole process, some of it in the environment."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield
+    with patch.dict(os.environ):
+        for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(variable, None)
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
