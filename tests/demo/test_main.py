@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -97,14 +98,12 @@ def test_it_runs_to_the_end_and_writes_what_it_promises(tmp_path: Path, demos: l
     assert not [pid for pid in report["pids"].values() if psutil.pid_exists(pid)]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_as_shipped_it_teaches_praise_and_still_writes_many_different_reviews(tmp_path: Path) -> None:
+def run_on_reviews(run_dir: Path, *trainer_flags: str) -> dict[str, Any]:
+    """The report of the demo as it is shipped, but for flags of the trainer."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    run_dir = tmp_path / "run"
     # Without --cache: the base model that `make demo` trained here, if it did, is the one under test.
     result = subprocess.run(
-        [sys.executable, "-m", "demo", "--run-dir", str(run_dir)],
+        [sys.executable, "-m", "demo", "--run-dir", str(run_dir), "--", *trainer_flags],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -112,7 +111,27 @@ def test_as_shipped_it_teaches_praise_and_still_writes_many_different_reviews(tm
         timeout=1100,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    report = json.loads((run_dir / "report.json").read_text())
+    report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_adapter_is_taught_praise_too(tmp_path: Path) -> None:
+    report = run_on_reviews(tmp_path / "run", "--lora-rank", "16", "--learning-rate", "1e-3")
+
+    assert report["reward_after"] - report["reward_before"] >= 0.2
+    assert report["kl"] <= 15
+    assert report["distinct_after"] >= 0.9
+    adapter = tmp_path / "run" / "checkpoints" / "step-000025" / "adapter_model.safetensors"
+    assert adapter.stat().st_size < (tmp_path / "run" / "model" / "model.safetensors").stat().st_size / 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_as_shipped_it_teaches_praise_and_still_writes_many_different_reviews(tmp_path: Path) -> None:
+    report = run_on_reviews(tmp_path / "run")
+
     assert report["prompts"] == 128
     assert report["reward_after"] - report["reward_before"] >= 0.35
     assert report["kl"] <= 15
