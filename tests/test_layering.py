@@ -40,7 +40,7 @@ LAYERS = {
         {"__init__", "__main__", "conformance", "train_model"},
     ),
     "trainer": (
-        {"ppo", "versions", "tokenizers", "metrics"},
+        {"adapters", "ppo", "versions", "tokenizers", "metrics"},
         {"responses", "settings"},
         {"model"},
         {"learning", "clients"},

@@ -10,18 +10,31 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
+from trainer.adapters import (
+    adapter_of,
+    add_adapter,
+    load_adapter,
+    merged_tensors,
+    names_adapter,
+    save_adapter,
+)
 from trainer.responses.rows import ResponseRows
 from trainer.responses.scoring import packed_scores
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 VALUE_HEAD_PREFIX = "v_head."
 
@@ -53,7 +66,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
     `pretrained_model` is the language model itself; `v_head.summary` the head. Make one with `from_pretrained`.
     `state_dict()` is torch's own (keys `pretrained_model.…`, `v_head.…`), so that it loads back; the files of
-    `save_pretrained` have the language model's keys unprefixed, as transformers and TRL expect.
+    `save_pretrained` have the language model's keys unprefixed, as transformers and TRL expect. With a LoRA adapter,
+    `pretrained_model` is still transformers' class, some of whose linear layers are peft's.
     """
 
     def __init__(
@@ -91,9 +105,16 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         summary_dropout_prob: float | None = None,
         v_head_initializer_range: float = 0.2,
         v_head_init_strategy: Literal["normal"] | None = None,
+        peft_config: LoraConfig | None = None,
+        base_model: str | None = None,
+        is_trainable: bool = True,
         **kwargs: Any,
     ) -> Self:
         """Load a language model (folder, hub name, or one already built) and its value head, in eval mode.
+
+        With `peft_config` it gets a fresh LoRA adapter, which is trained in its place. A folder that holds an adapter
+        is loaded on top of its base model: `base_model`, or the one that the adapter names; not to be trained on, if it
+        is not `is_trainable`.
 
         A value head stored beside the weights (by this class or by TRL) is restored; otherwise it starts as
         `nn.Linear` does, or from N(0, v_head_initializer_range²) with bias 0 for `v_head_init_strategy="normal"`.
@@ -101,10 +122,11 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         enters it. The rest goes to `AutoModelForCausalLM.from_pretrained`. Weights are fp32 unless `dtype` is given
         (transformers alone follows the file); the value head is fp32 always.
 
-        Raises ValueError for a model without a language model head and for arguments of TRL that are not supported.
+        Raises ValueError for a model without a language model head, for an adapter that is more than plain LoRA, and
+        for arguments of TRL that are not supported.
         """
-        if unsupported := sorted({"peft_config", "reward_adapter", "load_in_8bit", "load_in_4bit"} & kwargs.keys()):
-            raise ValueError(f"{', '.join(unsupported)}: adapters and quantized weights are not supported")
+        if unsupported := sorted({"reward_adapter", "load_in_8bit", "load_in_4bit"} & kwargs.keys()):
+            raise ValueError(f"{', '.join(unsupported)}: reward adapters and quantized weights are not supported")
         head_arguments: dict[str, Any] = {
             "summary_dropout_prob": summary_dropout_prob,
             "v_head_initializer_range": v_head_initializer_range,
@@ -113,6 +135,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             if model_args or kwargs:
                 raise ValueError(f"the model is built already: nothing to do with {[*model_args, *kwargs]}")
+            if peft_config is not None:
+                add_adapter(pretrained_model_name_or_path, peft_config)
             return cls(pretrained_model_name_or_path, **head_arguments).eval()
         if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
             raise ValueError(
@@ -124,7 +148,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             kwargs["dtype"] = kwargs.pop("torch_dtype")
         kwargs.setdefault("dtype", torch.float32)
         location = {name: kwargs[name] for name in _LOCATION_ARGUMENTS if name in kwargs}
-        model = cls(_load_language_model(source, *model_args, **kwargs), **head_arguments)
+        named = names_adapter(source, location)
+        if named is None:
+            language_model = _load_language_model(source, *model_args, **kwargs)
+        else:
+            of_base = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+            language_model = _load_language_model(base_model or named, *model_args, **of_base)
+            load_adapter(language_model, source, location)
+            if not is_trainable:
+                language_model.requires_grad_(False)
+        if peft_config is not None:
+            add_adapter(language_model, peft_config)
+        model = cls(language_model, **head_arguments)
         if stored := _stored_value_head(source, location):
             model.v_head.load_state_dict(stored)
         return model.eval()
@@ -203,38 +238,63 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return self.pretrained_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, is_main_process: bool = True, state_dict: Any = None
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        merge_adapter: bool = False,
+        is_main_process: bool = True,
+        state_dict: Any = None,
     ) -> None:
         """Write config.json, generation_config.json and one model.safetensors that holds `v_head.summary.*` too.
 
         The folder opens with `AutoModelForCausalLM.from_pretrained` (which leaves the value head out), with this class
-        and with TRL's. Each file is replaced whole, the weights last, and files of other names stay, except the shards
-        and index of an earlier save. `state_dict` is a full `state_dict()` of this module gathered elsewhere; default:
-        its own. A process that is not main writes nothing.
+        and with TRL's. Each file is replaced whole, the weights last, and files of other names stay, except those of an
+        earlier save that would be taken for this one's. `state_dict` is a full `state_dict()` of this module gathered
+        elsewhere (without `merge_adapter`, the adapter's part and the value head are enough); default: its own. A
+        process that is not main writes nothing.
+
+        A model with an adapter writes that alone, as peft loads it, with the value head in model.safetensors; or, to
+        `merge_adapter`, the whole model with the adapter's changes in its weights.
         """
         if not is_main_process:
             return
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        merged = {
+        tensors = {
             name.removeprefix("pretrained_model."): tensor
             for name, tensor in (self.state_dict() if state_dict is None else state_dict).items()
         }
+        adapter_alone = self.is_peft_model and not merge_adapter
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
-            self.pretrained_model.save_pretrained(staging, state_dict=merged, max_shard_size=_ONE_FILE)
-            # safetensors gives its file to the owner alone; a server that runs as somebody else has to read it.
-            shutil.copymode(Path(staging) / "config.json", Path(staging) / SAFE_WEIGHTS_NAME)
+            if adapter_alone:
+                save_adapter(self.pretrained_model, staging, tensors)
+                head = {name: tensor for name, tensor in tensors.items() if name.startswith(VALUE_HEAD_PREFIX)}
+                save_file(head, Path(staging) / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+            else:
+                merged = merged_tensors(self.pretrained_model, tensors)
+                self.pretrained_model.save_pretrained(staging, state_dict=merged, max_shard_size=_ONE_FILE)
+            readable = next(Path(staging).glob("*.json"))
+            for weights in Path(staging).glob("*.safetensors"):
+                # safetensors gives its file to the owner alone; a server that runs as somebody else has to read it.
+                shutil.copymode(readable, weights)
             written = sorted(Path(staging).iterdir(), key=lambda path: path.name == SAFE_WEIGHTS_NAME)
             for path in written:
                 _replace(path, target / path.name)
-        for stale in (*target.glob("model-*-of-*.safetensors"), target / SAFE_WEIGHTS_INDEX_NAME):
-            stale.unlink(missing_ok=True)
+        others = ("config.json",) if adapter_alone else (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)
+        stale = (*target.glob("model-*-of-*.safetensors"), *(target / n for n in (SAFE_WEIGHTS_INDEX_NAME, *others)))
+        for file in stale:
+            file.unlink(missing_ok=True)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, merge_adapter: bool = False, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; `kwargs` as in `upload_to_hub`. Returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, merge_adapter=merge_adapter)
             return upload_to_hub(folder, repo_id, **kwargs)
+
+    @property
+    def is_peft_model(self) -> bool:
+        """Whether the language model has an adapter, which is trained in its place."""
+        return adapter_of(self.pretrained_model) is not None
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -44,11 +44,32 @@ class MixedPrecision(enum.StrEnum):
     BF16 = "bf16"
 
 
+class LoraExport(enum.StrEnum):
+    """What a LoRA run leaves behind as its model."""
+
+    MERGED = "merged"
+    ADAPTER = "adapter"
+
+
 class Sharding(enum.StrEnum):
     """What each of several processes holds of the model."""
 
     NONE = "none"
     FSDP = "fsdp"
+
+
+class LrScheduler(enum.StrEnum):
+    """The learning rate after warm-up, by transformers' names."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+    INVERSE_SQRT = "inverse_sqrt"
+
+    @property
+    def ends_at_zero(self) -> bool:
+        """Whether the rate depends on how long the run is."""
+        return self in (LrScheduler.LINEAR, LrScheduler.COSINE)
 
 
 _UNTRAINABLE = {
@@ -202,6 +223,37 @@ class TrainerSettings(PPOConfig, AccessSettings):
         MixedPrecision.NO, description="Compute in fp32 (no) or by bf16 autocast; weights and losses are fp32 always"
     )
 
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Train a LoRA adapter of this rank in place of the weights; unset: all weights",
+        json_schema_extra=_unit("rank"),
+    )
+    lora_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="What the adapter adds is multiplied by this / lora_rank; unset: twice the rank",
+        json_schema_extra=_unit("ratio"),
+    )
+    lora_targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the linear layers that it adapts, such as q_proj,v_proj; unset: all but the head",
+    )
+    lora_export: LoraExport = Field(
+        LoraExport.MERGED,
+        description="The finished run's model: whole, with the adapter in its weights (merged), or the adapter alone",
+    )
+
+    lr_scheduler: LrScheduler = Field(
+        LrScheduler.CONSTANT,
+        description="What becomes of the learning rate: constant, linear and cosine (down to 0 at the last of steps), "
+        "inverse_sqrt",
+    )
+    lr_warmup_steps: int = Field(
+        0, ge=0, description="Steps in which it rises from 0 before that", json_schema_extra=_unit("PPO steps")
+    )
+
     sharding: Sharding = Field(
         Sharding.NONE,
         description="Under several processes: each holds the model (none, DDP), or a part of it (fsdp, FSDP2)",
@@ -307,6 +359,11 @@ class TrainerSettings(PPOConfig, AccessSettings):
                 )
             if self.reference_model is not None:
                 raise ValueError("reference_model is only used with reference=trainer; give --reference to the server")
+        for name in ("lora_alpha", "lora_targets"):
+            if self.lora_rank is None and (given := getattr(self, name)) is not None:
+                raise ValueError(f"{name} ({given}) is of an adapter, and there is none: set lora_rank")
+        if self.lr_warmup_steps >= self.steps:
+            raise ValueError(f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than steps ({self.steps})")
         if self.reproducible and self.max_staleness > 0:
             raise ValueError(
                 f"max_staleness={self.max_staleness} can't be reproducible: how far a completion is when new weights "

@@ -20,6 +20,7 @@ from rlhf.fingerprints import tokenizer_digest
 from tests.integration.training import published
 from tests.support.models import make_byte_tokenizer, make_tiny_gpt2
 from tests.support.processes import ROOT, ProcessUnderTest, StartProcess, process_factory
+from trainer.adapters import add_adapter, lora_config
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checking import check
 from trainer.run.checkpoints import CheckpointStore, Pins, RunState
@@ -142,8 +143,11 @@ def test_a_run_that_fits_passes_every_check_and_nothing_is_changed(servers: Serv
     assert published(servers.policy_process()) == 0
 
 
-def resumed(servers: Servers, run: Path, **pins: str) -> dict[str, Any]:
+def resumed(servers: Servers, run: Path, *, adapter_rank: int | None = None, **pins: str) -> dict[str, Any]:
     """Settings that go on with a run at step 3, which began with what fits, but for `pins`."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(servers.model)
+    if adapter_rank is not None:
+        add_adapter(model.pretrained_model, lora_config(adapter_rank, 2 * adapter_rank, None))
     tokenizer = AutoTokenizer.from_pretrained(servers.model)
     began = Pins(
         **{"reference_digest": "xxh3_128:0", "tokenizer_digest": tokenizer_digest(tokenizer), "reward_version": "1"}
@@ -153,7 +157,7 @@ def resumed(servers: Servers, run: Path, **pins: str) -> dict[str, Any]:
     store_identity(run, RunIdentity("resumed", 1))
     CheckpointStore(run / "checkpoints", keep=3).save(
         RunState("resumed", 1, began, completed_step=3),
-        model=AutoModelForCausalLMWithValueHead.from_pretrained(servers.model),
+        model=model,
         tokenizer=tokenizer,
         learner_state={},
     )
@@ -289,6 +293,36 @@ MISTAKES = [
         "model",
         "lower --max-new-tokens",
     ),
+    Mistake(
+        "LoRA on layers that the model doesn't have",
+        lambda servers, _: {"lora_rank": 4, "lora_targets": "c_attn,q_proj"},
+        "model",
+        "--lora-targets: target_modules: q_proj is no linear layer of GPT2LMHeadModel, which has c_attn, c_fc, c_proj",
+    ),
+    Mistake(
+        "LoRA in a run that trains all weights",
+        lambda servers, run: {**resumed(servers, run), "lora_rank": 4},
+        "model",
+        "--lora-rank is 4, but this run trains all weights: leave it out",
+    ),
+    Mistake(
+        "all weights in a run that trains an adapter",
+        lambda servers, run: resumed(servers, run, adapter_rank=4),
+        "model",
+        "holds a LoRA adapter: give the --lora-rank",
+    ),
+    Mistake(
+        "another adapter than the run's",
+        lambda servers, run: {**resumed(servers, run, adapter_rank=4), "lora_rank": 8},
+        "model",
+        r"began with --lora-rank 4, --lora-alpha 8 and an adapter in 8 layers \(c_attn, c_fc, c_proj\)",
+    ),
+    Mistake(
+        "another model under the run's adapter",
+        lambda servers, run: {**resumed(servers, run, adapter_rank=4, base_digest="xxh3_128:0"), "lora_rank": 4},
+        "model",
+        "is not what this run's adapter is of .*: put its files back",
+    ),
     Mistake("a folder with files", lambda _, run: with_file(run), "run folder", "give another --run-dir"),
     Mistake("a folder with a run", lambda _, run: with_a_run(run), "run folder", "go on with it by --resume"),
     Mistake(
@@ -342,7 +376,7 @@ async def test_a_planted_mistake_is_found_and_told_with_how_to_mend_it(
     assert code == 78
     assert mistake.check in failed, failed
     assert re.search(mistake.fix, failed[mistake.check]), failed[mistake.check]
-    assert len(passed) >= 4, "what does not depend on the mistake is checked all the same"
+    assert len(passed) >= 3, "what does not depend on the mistake is checked all the same"
     assert files(tmp_path) == before
 
 
@@ -362,7 +396,7 @@ async def test_a_disk_without_room_for_the_checkpoints_is_told(
     failed, _, code = await checked(servers.settings(tmp_path / "run"))
 
     assert code == 78
-    assert "1 MB free, but 4 checkpoints of 454 kB need 1.82 MB" in failed["disk space"]
+    assert "1 MB free, but 5 checkpoints of 454 kB, 2 models of 151 kB need 2.57 MB" in failed["disk space"]
     assert "make room, lower --keep-checkpoints (3), or give a --run-dir elsewhere" in failed["disk space"]
 
 

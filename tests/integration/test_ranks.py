@@ -35,22 +35,24 @@ def assert_near(world: World, run: str, other: str) -> None:
 
 
 STOPPED = -1
+LORA = {"lora_rank": 4, "learning_rate": 1e-4}
 
 
 @pytest.mark.parametrize(
-    ("sharding", "victim"),
+    ("sharding", "victim", "lora"),
     [
-        ("none", STOPPED),
-        ("fsdp", 0),
-        *(pytest.param(*more, marks=pytest.mark.slow) for more in [("none", 1), ("fsdp", STOPPED)]),
+        ("none", STOPPED, {}),
+        ("fsdp", 0, {}),
+        pytest.param("none", 1, {}, marks=pytest.mark.slow),
+        pytest.param("fsdp", STOPPED, LORA, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_on_two_ranks_that_is_stopped_or_loses_one_ends_near_one_of_a_single_process(
-    world: World, sharding: str, victim: int
+    world: World, sharding: str, victim: int, lora: dict[str, object]
 ) -> None:
     run, alone = f"two-{sharding}-{victim}", f"alone-{sharding}-{victim}"
     # At a small rate rounding does not reach a sampled token.
-    settings = {"steps": 3, "learning_rate": 1e-5, "reference": "trainer"}
+    settings = {"steps": 3, "learning_rate": 1e-5, "reference": "trainer", **lora}
     assert_finished(world.trainer(alone, **settings))
 
     two = {**settings, "sharding": sharding, "ranks": 2, "processes": 2}

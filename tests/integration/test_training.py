@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.training import (
@@ -16,6 +17,7 @@ from tests.integration.training import (
 )
 from tests.support.processes import wait_for
 from trainer.model import AutoModelForCausalLMWithValueHead
+from trainer.run.checkpoints import exported_step
 
 # Evaluation at 0, steps 1 and 2, evaluation at 2: 24 samples. Those of step 3 wait until the test has read the metrics.
 GATED = """
@@ -30,6 +32,14 @@ def reward(prompts, completions, completion_ids, stars, **columns):
     assert all(prompt.startswith("The film") for prompt in prompts)
     assert all(isinstance(each, int) for each in stars)
     return [len(set(ids)) / len(ids) for ids in completion_ids]
+"""
+# Samples 20 to 23 are the held-out ones after step 2.
+BEST_AT_TWO = """
+scored = 0
+def reward(prompts, completions, **columns):
+    global scored
+    scored += len(completions)
+    return [float(20 < number <= 24) for number in range(scored - len(completions) + 1, scored + 1)]
 """
 STEPS, ROWS_PER_STEP = 3, 8
 
@@ -109,6 +119,25 @@ def test_every_prompt_is_accounted_once_and_none_is_held_out(finished: tuple[Wor
     assert [line["outcome"] for line in lines] == ["trained"] * STEPS * ROWS_PER_STEP
     held_out = {sample["prompt"] for sample in world.lines("run", "samples.jsonl", "evaluation")}
     assert held_out.isdisjoint(f"The film {line['row']} was" for line in lines)
+
+
+def test_the_best_evaluations_checkpoint_and_model_are_kept_beside_the_newest(world: World) -> None:
+    reward = world.reward_server(BEST_AT_TWO, name="best")
+
+    assert_finished(world.trainer("best", reward=reward, steps=4, save_every=100, keep_checkpoints=1))
+
+    run = world.folder / "best"
+    evaluations = world.lines("best", "metrics.jsonl", "evaluation")
+    assert {line["step"]: line["reward_mean"] for line in evaluations} == {0: 0.0, 2: 1.0, 4: 0.0}
+    assert {folder.name for folder in (run / "checkpoints").iterdir()} == {"step-000002", "step-000004"}
+    assert (exported_step(run / "best"), exported_step(run / "model")) == (2, 4)
+    best, then, last = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "best", run / "checkpoints" / "step-000002", run / "model")
+    )
+    assert all(torch.equal(best[name], tensor) for name, tensor in then.items())
+    assert any(not torch.equal(best[name], tensor) for name, tensor in last.items())
+    AutoModelForCausalLM.from_pretrained(run / "best")
 
 
 def test_weights_that_go_through_files_train_to_the_same_bits(world: World, uninterrupted: str) -> None:

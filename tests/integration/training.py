@@ -96,6 +96,8 @@ class World:
             "eval_every": 2,
             "save_every": 1,
             "learning_rate": 1e-3,
+            # Where it is in its schedule is something to go on from, too.
+            "lr_scheduler": "linear",
             "threads": 1,
             "log_format": "text",
             **settings,

@@ -253,8 +253,13 @@ def test_models_and_arguments_that_cannot_work_are_refused_by_name() -> None:
         AutoModelForCausalLMWithValueHead.from_pretrained(encoder_decoder)
     with pytest.raises(ValueError, match="no language model head"):
         AutoModelForCausalLMWithValueHead.from_pretrained(headless)
-    with pytest.raises(ValueError, match="peft_config"):
-        AutoModelForCausalLMWithValueHead.from_pretrained("anything", peft_config=object())
+    with pytest.raises(ValueError, match="peft_config is a LoraConfig, not object"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(
+            build(CONFIGS["gpt2"]).pretrained_model,
+            peft_config=object(),  # type: ignore[arg-type]
+        )
+    with pytest.raises(ValueError, match="reward_adapter"):
+        AutoModelForCausalLMWithValueHead.from_pretrained("anything", reward_adapter="x")
     with pytest.raises(ValueError, match="built already"):
         AutoModelForCausalLMWithValueHead.from_pretrained(build(CONFIGS["gpt2"]).pretrained_model, dtype="auto")
     with pytest.raises(ValueError, match="not int"):

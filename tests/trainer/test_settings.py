@@ -44,6 +44,12 @@ def settings(**values: Any) -> TrainerSettings:
         ({"policy_server": "localhost"}, "'localhost' is none of host:port"),
         ({"policy_server": "a:1,dns://b:2"}, "'dns://b:2' is none of"),
         ({"steps": 0}, "greater than or equal to 1"),
+        ({"lora_rank": 0}, "greater than or equal to 1"),
+        ({"lora_alpha": 16}, r"lora_alpha \(16.0\) is of an adapter, and there is none: set lora_rank"),
+        ({"lora_targets": "q_proj"}, r"lora_targets \(\['q_proj'\]\) is of an adapter"),
+        ({"lora_rank": 8, "lora_targets": ""}, "lora-targets.*at least 1"),
+        ({"lr_scheduler": "cosinus"}, "'constant', 'linear', 'cosine' or 'inverse_sqrt'"),
+        ({"lr_warmup_steps": 5, "steps": 5}, r"lr_warmup_steps \(5\) must be less than steps \(5\)"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_the_reason(values: dict[str, Any], reason: str) -> None:

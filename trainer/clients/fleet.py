@@ -47,6 +47,7 @@ _MISPLACED = 10
 class _Weights:
     tensors: Sequence[tuple[str, Tensor]]
     version: WeightsVersion
+    frozen: Collection[str]
 
 
 class PolicyFleet:
@@ -128,15 +129,22 @@ class PolicyFleet:
             await self._change(left)
         return [replica.client for replica in self._in(ReplicaState.USABLE)]
 
-    async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
+    async def publish(
+        self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion, *, frozen: Collection[str] = ()
+    ) -> None:
         """Make `weights` live (names as in transformers' state dict, tied parameters once) on every replica.
 
         Returns when they serve on one. The others get them meanwhile, or when they come back, and no call before.
+        frozen: names of those that are the same in every version of this run and incarnation.
         """
         kept = [(name, tensor.detach()) for name, tensor in tensors]
         if self._keep_copy:
-            kept = await asyncio.to_thread(lambda: [(name, tensor.to("cpu", copy=True)) for name, tensor in kept])
-        self._weights = _Weights(kept, weights)
+            # What stays the same needs no copy, unless reading it takes other ranks, which will be learning.
+            still = {name for name, each in kept if name in frozen and isinstance(each, Tensor)}
+            kept = await asyncio.to_thread(
+                lambda: [(name, each if name in still else each.to("cpu", copy=True)) for name, each in kept]
+            )
+        self._weights = _Weights(kept, weights, frozen)
         for replica in self._replicas.values():
             replica.wanted.set()
         self._release(await self._taken(Place(weights, or_later=False, generates=False)), generates=False)
@@ -311,7 +319,7 @@ class PolicyFleet:
                 if weights is None:
                     await replica.publisher.wait_ready(within=_REPORT_SECONDS)
                 else:
-                    await replica.publisher.publish(weights.tensors, weights.version)
+                    await replica.publisher.publish(weights.tensors, weights.version, frozen=weights.frozen)
                     await replica.client.wait_ready(within=_READY_SECONDS)
                     if replica.holds is None:
                         replica.room = (await replica.client.get_model()).max_running_completions

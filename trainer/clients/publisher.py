@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ class WeightsInfo:
 class _Published:
     tensors: tuple[tuple[str, Tensor], ...]
     weights: WeightsVersion
+    frozen: Collection[str]
+
+    def beyond(self, live: WeightsVersion) -> tuple[tuple[str, Tensor], ...]:
+        """What a server that holds `live` lacks: all, unless this trainer brought it there."""
+        if (live.run_id, live.incarnation) != (self.weights.run_id, self.weights.incarnation):
+            return self.tensors
+        return tuple((name, tensor) for name, tensor in self.tensors if name not in self.frozen)
 
 
 class WeightPublisher:
@@ -145,13 +152,18 @@ class WeightPublisher:
                 return False
         return None
 
-    async def publish(self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion) -> None:
+    async def publish(
+        self, tensors: Iterable[tuple[str, Tensor]], weights: WeightsVersion, *, frozen: Collection[str] = ()
+    ) -> None:
         """Make `weights` live: names as in transformers' state dict, tied parameters once; returns when they serve.
+
+        frozen: names of those that are the same in every version of this run and incarnation, and so are sent once to a
+        server that keeps running.
 
         Raises PublishError when the server holds newer weights of this run (another trainer) or can't take weights of
         these names and shapes, and RpcFailure for what else is final (room).
         """
-        published = _Published(tuple((name, tensor.detach()) for name, tensor in tensors), weights)
+        published = _Published(tuple((name, tensor.detach()) for name, tensor in tensors), weights, frozen)
         async with self._one_at_a_time:
             # From here on these are the weights that a restarted server must get, whatever becomes of this call.
             first, self._published = self._published is None, published
@@ -247,12 +259,14 @@ class WeightPublisher:
         return False
 
     async def _send(self, published: _Published, state: weights_pb2.GetWeightsResponse) -> None:
+        tensors = published.beyond(WeightsVersion.from_proto(state.live))
         begin = weights_pb2.Begin(
             update_id=self._update_id(published.weights),
             weights=published.weights.to_proto(),
-            total_bytes=sum(tensor.nbytes for _, tensor in published.tensors),
+            total_bytes=sum(tensor.nbytes for _, tensor in tensors),
+            partial=len(tensors) < len(published.tensors),
         )
-        if state.live.run_id != published.weights.run_id:
+        if begin.partial or state.live.run_id != published.weights.run_id:
             begin.if_current.CopyFrom(state.live)
         folder = self._shared_folder
         if folder is not None and "directory" not in state.features:
@@ -260,13 +274,13 @@ class WeightPublisher:
             folder = None
         if folder is None:
             begin.stream.SetInParent()
-            answer = await self._update(_streamed(begin, published.tensors))
+            answer = await self._update(_streamed(begin, tensors))
         else:
             owner = f"{published.weights.run_id} {self.target}"
             try:
-                async with written(folder, owner, published.tensors) as files:
+                async with written(folder, owner, tensors) as files:
                     begin.directory.path = files.folder
-                    answer = await self._update(_named(begin, published.tensors, files.digests))
+                    answer = await self._update(_named(begin, tensors, files.digests))
             except OSError as error:
                 raise PublishError(f"weights cannot be written to {folder}: {error}") from error
         if WeightsVersion.from_proto(answer.live) != published.weights:

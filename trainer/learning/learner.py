@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from trainer.adapters import (
+    ADAPTER_OFF,
+    AdapterOff,
+    is_low_rank,
+    low_rank_updates,
+    plain_name,
+)
 from trainer.learning.assessment import Assessment, assess, pad_rows
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.experience import Experience, gather_experience
@@ -51,7 +59,12 @@ from trainer.ppo.statistics import (
 from trainer.responses.activations import fuse_activations
 from trainer.responses.packing import enable_packing
 from trainer.responses.rows import ResponseRows, collate
-from trainer.responses.scoring import PackedReference, scores_and_values
+from trainer.responses.scoring import (
+    PackedPolicyWithoutAdapter,
+    PackedReference,
+    PolicyWithoutAdapter,
+    scores_and_values,
+)
 
 _POLICY_PREFIX = "pretrained_model."
 
@@ -85,12 +98,13 @@ class PPOLearner:
 
     `docs/ppo.md` says what is computed and where it differs from TRL.
 
-    model: trained in place; moved to the accelerator's device if there is one. `reference`: a frozen causal LM (value
-    head or not) on the model's device, needed for `kl_penalty="full"` and for batches without reference
-    log-probabilities. temperature: what the rollout was sampled at; all log-probabilities are of logits / temperature.
-    old_logprobs: where the probability ratio starts from, recomputed here or as the rollout gave them.
-    importance_cap: weigh each token's policy loss by min(exp(old − rollout), cap), for batches that older weights
-    sampled; None = do not. optimizer: Adam if None. lr_scheduler: stepped once per `step`.
+    model: trained in place, or its adapter alone; moved to the accelerator's device if there is one. `reference`: a
+    frozen causal LM (value head or not) on the model's device, or the model itself with its adapter off, needed for
+    `kl_penalty="full"` and for batches without reference log-probabilities. temperature: what the rollout was sampled
+    at; all log-probabilities are of logits / temperature. old_logprobs: where the probability ratio starts from,
+    recomputed here or as the rollout gave them. importance_cap: weigh each token's policy loss by min(exp(old −
+    rollout), cap), for batches that older weights sampled; None = do not. optimizer: Adam if None. lr_scheduler: of
+    that optimizer, or what makes one of the learner's; stepped once per `step`.
 
     ranks: the processes that train together; every one makes a learner, with the same arguments but for the weights,
     which are rank 0's, and calls the same methods in the same order. By DDP each holds the model; `sharded`, by FSDP2,
@@ -104,14 +118,14 @@ class PPOLearner:
         model: AutoModelForCausalLMWithValueHead,
         config: PPOConfig,
         *,
-        reference: nn.Module | None,
+        reference: nn.Module | AdapterOff | None,
         tokenizer_pad_id: int,
         temperature: float = 1.0,
         old_logprobs: Literal["trainer", "rollout"] = "trainer",
         importance_cap: float | None = None,
         accelerator: Any | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         ranks: Ranks = ALONE,
         sharded: bool = False,
     ) -> None:
@@ -119,6 +133,8 @@ class PPOLearner:
             raise ValueError(f"temperature is {temperature}: it must be finite and above 0")
         if reference is model:
             raise ValueError("reference is the trained model itself: the KL would always be 0; pass a frozen copy")
+        if reference is ADAPTER_OFF and not model.is_peft_model:
+            raise ValueError("reference: the model has no adapter that could be off")
         full = config.kl_penalty is KlPenalty.FULL
         if full and reference is None:
             raise ValueError("kl_penalty=full needs whole distributions: the trainer must hold its own reference model")
@@ -145,7 +161,8 @@ class PPOLearner:
         self._sharded = sharded
         self._wrapped: nn.Module = model
         self._packed = _prepare_forwards(model.pretrained_model)
-        self._reference = reference if full else _packed_where_possible(reference)
+        other = None if reference is ADAPTER_OFF else reference
+        self._reference = other if full else _packed_where_possible(other)
         if config.gradient_checkpointing:
             _enable_checkpointing(model.pretrained_model)
         if accelerator is not None and ranks.count > 1:
@@ -154,12 +171,13 @@ class PPOLearner:
                     take_from_rank_0(each, accelerator.device, sharded=sharded)
         # A forward pass puts whole tensors in the place of sharded ones for a while.
         self._parameters = dict(model.named_parameters())
+        self._updates = {_POLICY_PREFIX + name: each for name, each in low_rank_updates(model.pretrained_model).items()}
         self._optimizer: torch.optim.Optimizer = optimizer or torch.optim.Adam(
             [parameter for parameter in self._parameters.values() if parameter.requires_grad],
             lr=config.learning_rate,
             fused=True,
         )
-        self._lr_scheduler = lr_scheduler
+        self._lr_scheduler = lr_scheduler(self._optimizer) if callable(lr_scheduler) else lr_scheduler
         if accelerator is not None:
             # What is sharded by FSDP must not be wrapped by DDP, which "evaluation" means here.
             self._wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
@@ -168,6 +186,9 @@ class PPOLearner:
                 self._reference = accelerator.prepare_model(self._reference, evaluation_mode=True)
         if self._reference is not None:
             self._reference.requires_grad_(False).eval()
+        if reference is ADAPTER_OFF:
+            packed = self._packed and not full
+            self._reference = (PackedPolicyWithoutAdapter if packed else PolicyWithoutAdapter)(self._wrapped)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._device = next(model.parameters()).device
 
@@ -282,6 +303,7 @@ class PPOLearner:
     def reference_logprobs(self, queries: Sequence[Tensor], responses: Sequence[Tensor]) -> list[Tensor]:
         """The same of the learner's reference, of which it must have one."""
         with self._ranks.together("reference_logprobs", queries, responses):
+            run_without_dropout(self._wrapped, checkpoint_activations=False)
             assessed = self._assess(None, self._reference, queries, responses).reference_logprobs
             assert assessed is not None, "there is a reference"
             return _ragged(assessed, responses)
@@ -289,11 +311,23 @@ class PPOLearner:
     def policy_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The causal LM's parameters under transformers' names, without the value head, tied ones once.
 
-        Of a sharded model they are gathered one by one, each time that somebody reads one.
+        What is merged from an adapter, or lies on several ranks, is made each time that somebody reads it, one by one.
         """
-        for name, parameter in self._parameters.items():
-            if name.startswith(_POLICY_PREFIX):
-                yield name.removeprefix(_POLICY_PREFIX), self._readable(name, parameter)
+        for name, parameter in self._base_parameters():
+            plain = plain_name(name.removeprefix(_POLICY_PREFIX))
+            yield plain, self._merged(name, parameter) if name in self._updates else self._readable(name, parameter)
+
+    @property
+    def frozen_parameters(self) -> frozenset[str]:
+        """The names of those that no step changes: with an adapter, all that it adds nothing to."""
+        if not self._updates:
+            return frozenset()
+        names = (name for name, _ in self._base_parameters() if name not in self._updates)
+        return frozenset(plain_name(name.removeprefix(_POLICY_PREFIX)) for name in names)
+
+    def _base_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        policy = ((name, each) for name, each in self._parameters.items() if name.startswith(_POLICY_PREFIX))
+        return ((name, each) for name, each in policy if not is_low_rank(name))
 
     def whole_parameter(self, name: str) -> Tensor | None:
         """One parameter as a whole in CPU memory; on ranks other than 0 nothing is kept of it."""
@@ -301,20 +335,38 @@ class PPOLearner:
             parameter: Tensor | None = whole_on_cpu(self._parameters[name].detach(), keep=self._ranks.index == 0)
             return parameter
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """`save_pretrained` of the model, on rank 0 alone, which has the whole of it in CPU memory meanwhile."""
+    def save_pretrained(self, folder: str | os.PathLike[str], *, merge_adapter: bool = False) -> None:
+        """`save_pretrained` of the model, on rank 0 alone, which has all that is written in CPU memory meanwhile."""
         state = None
         if self._sharded:
+            adapter_alone = self.model.is_peft_model and not merge_adapter
             state = {name: each for name, each in self.model.state_dict().items() if not isinstance(each, DTensor)}
             # A name that is missing is tied to one that is there.
-            state |= {name: self._readable(name, each).to("cpu") for name, each in self._parameters.items()}
-        self.model.save_pretrained(folder, state_dict=state)
+            state |= {
+                name: self._readable(name, each).to("cpu")
+                for name, each in self._parameters.items()
+                if each.requires_grad or not adapter_alone
+            }
+        self.model.save_pretrained(folder, merge_adapter=merge_adapter, state_dict=state)
 
     def _readable(self, name: str, parameter: Tensor) -> Tensor:
         """The parameter, or what has of a tensor what a reader needs."""
         if not self._sharded:
             return parameter
         return cast(Tensor, Gatherable(parameter, lambda: self.whole_parameter(name)))
+
+    def _merged(self, name: str, parameter: Tensor) -> Tensor:
+        """What stands for a weight with what an adapter adds to it."""
+        update = self._updates[name]
+
+        def whole(each: str) -> Tensor:
+            device = "cpu" if self._sharded else self._device
+            return self._readable(each, self._parameters[each]).detach().to(device)
+
+        def merge() -> Tensor:
+            return update.merged(whole(name), whole(_POLICY_PREFIX + update.down), whole(_POLICY_PREFIX + update.up))
+
+        return cast(Tensor, Gatherable(parameter, merge))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed, beside the model's weights, to continue bit for bit: tensors and plain values only.
@@ -518,9 +570,10 @@ class PPOLearner:
             device=self._device,
             ranks=self._ranks,
         )
-        for each in (model, reference):
-            if each is not None:
-                part_again(each)
+        # The policy too where it was asked as its own reference: rank 0 alone parts it again when it saves.
+        part_again(self._wrapped)
+        if reference is not None:
+            part_again(reference)
         return assessment
 
     def _rows(self, share: Share) -> ResponseRows:

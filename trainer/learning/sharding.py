@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,13 +88,13 @@ def spread_optimizer_state(optimizer: torch.optim.Optimizer, state: Any) -> dict
 
 
 class Gatherable:
-    """Stands in for a parameter whose parts lie on several ranks: what asks for its content has it gathered then.
+    """Stands in for a parameter that is in several places, ranks or parts of a sum: what asks for it has it gathered.
 
     It has of a tensor what publishing and digests use; nothing is kept.
     """
 
-    def __init__(self, parameter: Tensor, gather: Any) -> None:
-        """`gather()` gives the whole parameter in CPU memory."""
+    def __init__(self, parameter: Tensor, gather: Callable[[], Tensor | None]) -> None:
+        """`gather()` gives the whole, of the shape and type of `parameter`."""
         self.shape = parameter.shape
         self.dtype = parameter.dtype
         self.nbytes = parameter.numel() * parameter.element_size()
@@ -106,7 +106,8 @@ class Gatherable:
 
     def to(self, device: Any = None, **kwargs: Any) -> Tensor:
         """The whole tensor; arguments as in `Tensor.to`."""
-        gathered: Tensor = self._gather()
+        gathered = self._gather()
+        assert gathered is not None, "who reads it is rank 0"
         return gathered.to(device, **kwargs) if device is not None else gathered.to(**kwargs)
 
 

@@ -30,7 +30,7 @@ _NO_MEANING_HERE = {
     "optimize_cuda_cache": "no cache is emptied between forwards; leave it out",
     "optimize_device_cache": "no cache is emptied between forwards; leave it out",
     "is_encoder_decoder": "only causal models are trained; leave it out",
-    "is_peft_model": "adapters are not supported; leave it out",
+    "is_peft_model": "the model tells by itself; leave it out",
     "world_size": _SET_BY_US,
     "backward_batch_size": _SET_BY_US,
     "global_backward_batch_size": _SET_BY_US,
@@ -69,7 +69,8 @@ class PPOConfig(BaseModel):
         0.2, ge=0, description="KL coefficient at the start", json_schema_extra=_unit("reward per nat")
     )
     kl_penalty: KlPenalty = Field(
-        KlPenalty.KL, description="KL estimate per token: kl, abs, mse, or full (over the whole vocabulary)"
+        KlPenalty.KL,
+        description="KL estimate per token: kl (k1), abs, mse (k2), k3, or full (over the whole vocabulary)",
     )
     target: float = Field(
         6.0, gt=0, description="KL per sample that the adaptive coefficient aims at", json_schema_extra=_unit("nats")

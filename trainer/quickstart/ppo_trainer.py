@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -14,10 +15,12 @@ import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.random import set_seed
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.logs import get_logger
+from trainer.adapters import ADAPTER_OFF, without_adapter
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
 from trainer.model import AutoModelForCausalLMWithValueHead, create_reference_model, upload_to_hub
@@ -55,9 +58,10 @@ class PPOTrainer:
     """TRL 0.11.4's trainer of the same name: `generate` → rewards of your own → `step`, over and over.
 
     config, model, ref_model, tokenizer: as in TRL. Without `ref_model` the reference is a frozen copy of `model` as it
-    is now. dataset: its batches of `config.batch_size`, shuffled and collated by `data_collator`, are `dataloader`.
-    optimizer: Adam unless given. lr_scheduler: stepped once per `step`. accelerator: one of your own, with trackers
-    that `log_stats` writes to.
+    is now, or, if it has an adapter, the model with that off. dataset: its batches of `config.batch_size`, shuffled and
+    collated by `data_collator`, are `dataloader`. optimizer: Adam unless given. lr_scheduler: of that optimizer, or a
+    function that makes one of Adam; stepped once per `step`. accelerator: one of your own, with trackers that
+    `log_stats` writes to.
 
     policy_server: "host:port" of a policy server. Then responses and reference log-probabilities come from there, and
     the weights go there now and after every `step`. The server's tokenizer and its reference must be this trainer's
@@ -77,7 +81,7 @@ class PPOTrainer:
         optimizer: torch.optim.Optimizer | None = None,
         data_collator: Callable[[list[Any]], Any] | None = None,
         num_shared_layers: int | None = None,
-        lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        lr_scheduler: LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         training_data_collator: Callable[[list[Any]], Any] | None = None,
         *,
         accelerator: Accelerator | None = None,
@@ -101,17 +105,21 @@ class PPOTrainer:
         self._policy_server: ServedPolicy | None = None
         self._warned_of: set[str] = set()
         self._step = 0
-        reference = _with_value_head(ref_model) or create_reference_model(model)
+        reference = _with_value_head(ref_model)
+        if reference is not None and reference.is_peft_model:
+            raise ValueError("ref_model has an adapter: merge it, or leave ref_model out for the model without its own")
+        if reference is None and not model.is_peft_model:
+            reference = create_reference_model(model)
         if policy_server is not None:
             # In one process nothing of gRPC is needed.
             from trainer.quickstart.served_policy import ServedPolicy
 
-            self._policy_server = ServedPolicy(policy_server, tokenizer=tokenizer, reference=reference)
-        self.ref_model = reference.requires_grad_(False).eval().to(self.accelerator.device)
+            self._policy_server = ServedPolicy(policy_server, tokenizer=tokenizer, reference=reference or model)
+        self.ref_model = reference and reference.requires_grad_(False).eval().to(self.accelerator.device)
         self.learner = PPOLearner(
             model,
             config,
-            reference=None if policy_server is not None else self.ref_model,
+            reference=None if policy_server is not None else self.ref_model or ADAPTER_OFF,
             tokenizer_pad_id=self._pad_id,
             accelerator=self.accelerator,
             optimizer=optimizer,
@@ -149,30 +157,16 @@ class PPOTrainer:
                 )
         settings = switched_off(generation_kwargs)
         self._warn_of_shaping(settings)
-        answers = []
-        for model in (self.model, self.ref_model)[: 1 + generate_ref_response]:
-            if self._policy_server is not None and model is self.model:
-                answers.append(self._generate_served(query_tensor, length_sampler, batch_size, return_prompt, settings))
-                continue
-            local = {"pad_token_id": self._pad_id, **settings}
-            if isinstance(query_tensor, Tensor):
-                if length_sampler is not None:
-                    local["max_new_tokens"] = length_sampler()
-                query = query_tensor.to(self.current_device)
-                answers.append(generate_one(model, query, return_prompt=return_prompt, settings=local))
-                continue
-            answers.append(
-                generate_batched(
-                    model,
-                    [query.to(self.current_device) for query in query_tensor],
-                    pad_id=self._pad_id,
-                    batch_size=batch_size,
-                    return_prompt=return_prompt,
-                    length_sampler=length_sampler,
-                    settings=local,
-                )
-            )
-        return tuple(answers) if generate_ref_response else answers[0]
+        if self._policy_server is not None:
+            answer = self._generate_served(query_tensor, length_sampler, batch_size, return_prompt, settings)
+        else:
+            answer = self._generate_here(self.model, query_tensor, length_sampler, batch_size, return_prompt, settings)
+        if not generate_ref_response:
+            return answer
+        with without_adapter(self.model) if self.ref_model is None else contextlib.nullcontext():
+            model = self.ref_model or self.model
+            other = self._generate_here(model, query_tensor, length_sampler, batch_size, return_prompt, settings)
+        return answer, other
 
     def step(
         self,
@@ -229,16 +223,21 @@ class PPOTrainer:
             loss=numbers.get("ppo/loss/total"),
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the model with its value head, and the tokenizer: a folder for AutoModelForCausalLM, TRL and this."""
-        self.model.save_pretrained(save_directory, is_main_process=self.accelerator.is_main_process)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, merge_adapter: bool = False) -> None:
+        """Write the model with its value head, and the tokenizer: a folder for AutoModelForCausalLM, TRL and this.
+
+        A model with an adapter writes that alone, or to `merge_adapter` the whole with the adapter in its weights.
+        """
+        self.model.save_pretrained(
+            save_directory, merge_adapter=merge_adapter, is_main_process=self.accelerator.is_main_process
+        )
         if self.accelerator.is_main_process:
             save_tokenizer(self.tokenizer, save_directory)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, merge_adapter: bool = False, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; `kwargs` as in `upload_to_hub`. Returns the commit's address."""
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, merge_adapter=merge_adapter)
             return upload_to_hub(folder, repo_id, **kwargs)
 
     def prepare_dataloader(
@@ -286,6 +285,32 @@ class PPOTrainer:
             if token_id is not None:
                 return int(token_id)
         return 0
+
+    def _generate_here(
+        self,
+        model: AutoModelForCausalLMWithValueHead,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None,
+        batch_size: int,
+        return_prompt: bool,
+        settings: dict[str, Any],
+    ) -> Tensor | list[Tensor]:
+        settings = {"pad_token_id": self._pad_id, **settings}
+        if isinstance(query_tensor, Tensor):
+            if length_sampler is not None:
+                settings["max_new_tokens"] = length_sampler()
+            return generate_one(
+                model, query_tensor.to(self.current_device), return_prompt=return_prompt, settings=settings
+            )
+        return generate_batched(
+            model,
+            [query.to(self.current_device) for query in query_tensor],
+            pad_id=self._pad_id,
+            batch_size=batch_size,
+            return_prompt=return_prompt,
+            length_sampler=length_sampler,
+            settings=settings,
+        )
 
     def _generate_served(
         self,
@@ -345,7 +370,7 @@ class PPOTrainer:
 
     def _publish(self) -> None:
         if self._policy_server is not None:
-            self._policy_server.publish(self.learner.policy_parameters())
+            self._policy_server.publish(self.learner.policy_parameters(), frozen=self.learner.frozen_parameters)
 
     def _warn_of_shaping(self, settings: dict[str, Any]) -> None:
         """Once for each name: a loop would say it at every step."""

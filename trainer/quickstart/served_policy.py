@@ -6,7 +6,7 @@ import asyncio
 import threading
 import uuid
 import weakref
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.channel import RetryPolicy, call_metadata
 from rlhf.fingerprints import tokenizer_digest, weights_digest
 from rlhf.security.config import ClientSecurity
+from trainer.adapters import base_parameters
 from trainer.clients.policy import REFERENCE, ModelInfo, PolicyClient
 from trainer.clients.publisher import WeightPublisher
 from trainer.model import AutoModelForCausalLMWithValueHead
@@ -53,7 +54,7 @@ class ServedPolicy:
     ) -> None:
         """Connect to `target` ("host:port") and compare tokenizer and reference weights with this side's.
 
-        security: None = neither TLS nor a token.
+        reference: of a model with an adapter, what is under that. security: None = neither TLS nor a token.
 
         Raises ServerMismatchError when either differs.
         """
@@ -75,10 +76,13 @@ class ServedPolicy:
             self.close()
             raise
 
-    def publish(self, tensors: Iterable[tuple[str, Tensor]]) -> WeightsVersion:
-        """Make these the served policy's weights (transformers' names, tied ones once) and return their version."""
+    def publish(self, tensors: Iterable[tuple[str, Tensor]], *, frozen: Collection[str] = ()) -> WeightsVersion:
+        """Make these the served policy's weights (transformers' names, tied ones once) and return their version.
+
+        frozen: names of those that are the same each time.
+        """
         version = WeightsVersion(self._version.run_id, self._version.incarnation, self._version.version + 1)
-        self._run(self._publisher.publish(list(tensors), version))
+        self._run(self._publisher.publish(list(tensors), version, frozen=frozen))
         self._version = version
         return version
 
@@ -148,7 +152,7 @@ class ServedPolicy:
                     "to: its weights can't be compared with ref_model's"
                 )
             self._reference_digests[serving_dtype] = weights_digest(
-                self._reference.pretrained_model.named_parameters(), dtype
+                base_parameters(self._reference.pretrained_model), dtype
             )
         return self._reference_digests[serving_dtype]
 

@@ -88,7 +88,7 @@ def past_its_best(run: Run) -> str | None:
         return None
     return (
         f"The held-out reward was best at step {best} ({max(rewards):.3g}) and is {rewards[-1]:.3g} at the last "
-        "evaluation. A checkpoint near the best step may be the better model."
+        "evaluation. The model in best/ may be the better one."
     )
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainer.adapters import without_adapter
 from trainer.ppo.logprobs import entropy, log_distribution, token_logprobs
 from trainer.responses.head import head_logprobs
 from trainer.responses.rows import ResponseRows
@@ -55,6 +56,33 @@ class PackedReference(nn.Module):
     def forward(self, rows: ResponseRows, temperature: float) -> Tensor:
         """Log-probabilities [N] of the response tokens."""
         return packed_scores(self.language_model, rows, temperature)[0]
+
+
+class PolicyWithoutAdapter(nn.Module):
+    """The policy as it was before it had an adapter, whatever it is wrapped in; it has no parameters of its own."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self._policy = (policy,)  # in a tuple it is no submodule, which would be frozen with this one
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the policy gives, value head included. Not for training."""
+        [policy] = self._policy
+        with without_adapter(policy):
+            return policy(*args, **kwargs)
+
+
+class PackedPolicyWithoutAdapter(PackedReference):
+    """The same for packed rows."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self._base = PolicyWithoutAdapter(policy)
+
+    def forward(self, rows: ResponseRows, temperature: float) -> Tensor:
+        """Log-probabilities [N] of the response tokens."""
+        logprobs: Tensor = self._base(responses=rows, temperature=temperature)[0]
+        return logprobs
 
 
 def scores_and_values(model: nn.Module, rows: ResponseRows, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

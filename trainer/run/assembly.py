@@ -24,11 +24,11 @@ from trainer.run.records import RunRecords
 from trainer.run.rollouts import RolloutCollector, Sampling
 from trainer.run.runfolder import StorageError, replace_durably, store_identity
 from trainer.run.servers import Servers
-from trainer.run.start import checkpoint_store, find_start, model_folder
+from trainer.run.start import best_folder, checkpoint_store, find_start, model_folder
 from trainer.run.stopping import Stopped, StopSignal
 from trainer.run.tracking import open_trackers
 from trainer.run.waiting import WaitBoard
-from trainer.settings import TrainerSettings
+from trainer.settings import LoraExport, TrainerSettings
 
 _log = get_logger(__name__)
 
@@ -38,7 +38,7 @@ _FREE_TO_CHANGE = frozenset(
         *(name for name in ProcessSettings.model_fields),
         *("run_dir", "run_id", "resume", "model", "policy_server", "reward_server"),
         *("policy_timeout", "reward_timeout", "publish_timeout", "rollout_concurrency"),
-        *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track"),
+        *("steps", "eval_every", "save_every", "keep_checkpoints", "sample_lines", "track", "lora_export"),
         *("check", "check_patience", "processes", "max_logprob_gap", "other_reference", "metrics_linger"),
     }
 )
@@ -131,11 +131,12 @@ def _note_settings(settings: TrainerSettings) -> None:
     """Keep the settings beside the run, as a file for --config, and say which have changed since the last start."""
     file = settings.run_dir / "settings.yaml"
     now = settings.model_dump(mode="json")
+    free = _FREE_TO_CHANGE - {"steps"} if settings.lr_scheduler.ends_at_zero else _FREE_TO_CHANGE
     before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else now
     changed = {
         name: f"{before.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in _FREE_TO_CHANGE and before.get(name) != value
+        if name not in free and before.get(name) != value
     }
     if changed:
         _log.warning(
@@ -188,6 +189,7 @@ def _parts(
             collector=collector,
             agreement=preflight.agreement,
             checkpoints=checkpoint_store(settings),
+            best_folder=best_folder(settings),
             journal=journal,
             records=records,
             trackers=trackers,
@@ -206,4 +208,5 @@ def _plan(settings: TrainerSettings) -> Plan:
         seed=settings.seed,
         max_staleness=settings.max_staleness,
         oversample=settings.oversample,
+        merge_adapter=settings.lora_export is LoraExport.MERGED,
     )

@@ -40,11 +40,13 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Pins:
-    """What must not change within a run: the served reference's weights, the tokenizer, the reward."""
+    """What must not change within a run: the reference's weights, the tokenizer, the reward, what an adapter is of."""
 
     reference_digest: str
     tokenizer_digest: str
     reward_version: str
+    base_digest: str = ""
+    """Of the weights under an adapter; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class RunState:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, named by their step; the newest `keep` stay."""
+    """The checkpoints of one run, named by their step; the newest `keep` stay, and the best."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         """`folder` is made by the first save."""
@@ -90,20 +92,22 @@ class CheckpointStore:
         return found[-1][1] if found else None
 
     def oldest_step(self) -> int:
-        """The step of the oldest checkpoint, to which a run can be taken back; 0 = there is none."""
-        found = self._all()
+        """The step of the oldest of the newest `keep`; 0 = there is none."""
+        found = self._all()[-self._keep :]
         return found[0][0] if found else 0
 
-    def require_room(self, parameters: Iterable[Tensor]) -> str:
-        """Say how much room the checkpoints take and how much there is; raises CheckpointError when it is not enough.
+    def require_room(self, trained: Iterable[Tensor], *, model_bytes: int, with_best: bool) -> str:
+        """Say how much room the run takes and how much there is; raises CheckpointError when it is not enough.
 
-        A checkpoint holds the weights and, as large each, Adam's two moments. One more than `keep` lie there while the
-        oldest goes; what lies there now counts.
+        A checkpoint holds what is trained and, as large each, Adam's two moments. One more than `keep` lie there while
+        the oldest goes; what lies there now counts. The finished run's model comes beside them, and `with_best` one
+        checkpoint and one model more.
         """
-        each = 3 * sum(parameter.nbytes for parameter in parameters)
+        each = 3 * sum(parameter.nbytes for parameter in trained)
+        count, models = self._keep + 1 + with_best, 1 + with_best
         there = sum(file.stat().st_size for file in self._folder.rglob("*") if file.is_file())
-        needed, free = max(0, (self._keep + 1) * each - there), free_at(self._folder)
-        said = f"{self._keep + 1} checkpoints of {in_units(each)}"
+        needed, free = max(0, count * each + models * model_bytes - there), free_at(self._folder)
+        said = f"{count} checkpoints of {in_units(each)}, {models} model{'s' * with_best} of {in_units(model_bytes)}"
         if free < needed:
             raise CheckpointError(
                 f"{self._folder} has {in_units(free)} free, but {said} need {in_units(needed)}: make room, lower "
@@ -112,7 +116,7 @@ class CheckpointStore:
         return f"{said}, {in_units(free)} free"
 
     def save(self, state: RunState, *, model: Saveable, tokenizer: Saveable, learner_state: Mapping[str, Any]) -> Path:
-        """Write one, durably, then give it its name and remove the oldest beyond `keep`.
+        """Write one, durably, then give it its name and remove the oldest beyond `keep` but for the best.
 
         One that is there already for this step is kept: the step's outcome is the same however often it is run.
         """
@@ -124,8 +128,9 @@ class CheckpointStore:
             save_tokenizer(tokenizer, partial)
             torch.save({"learner": dict(learner_state), "random": _random_states()}, partial / _LEARNER_FILE)
             (partial / _STATE_FILE).write_text(json.dumps(state.to_json(), indent=2), encoding="utf-8")
-        for _, old in self._all()[: -self._keep]:
-            shutil.rmtree(old)
+        for step, old in self._all()[: -self._keep]:
+            if step != state.best_step:
+                shutil.rmtree(old)
         return final
 
     def _all(self) -> list[tuple[int, Path]]:
@@ -134,7 +139,7 @@ class CheckpointStore:
 
 
 def save_model(folder: Path, *, step: int, model: Saveable, tokenizer: Saveable) -> None:
-    """Write the finished run's model to `folder`, replacing what an earlier finish left there; `step` is its last."""
+    """Write the model of a run after `step` to `folder`, replacing what an earlier one left there."""
     with _durable_folder(folder) as partial:
         model.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
@@ -142,7 +147,7 @@ def save_model(folder: Path, *, step: int, model: Saveable, tokenizer: Saveable)
 
 
 def exported_step(folder: Path) -> int | None:
-    """The last step of the finished run whose model `save_model` wrote to `folder`; None = there is none."""
+    """The step whose model `save_model` wrote to `folder`; None = there is none."""
     file = folder / _EXPORT_FILE
     if not file.exists():
         return None

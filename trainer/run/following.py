@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rlhf.logs import bound_context, get_logger
+from trainer.adapters import AdapterOff, adapter_of, add_adapter
 from trainer.learning.control import END, lost_ranks_named
 from trainer.learning.learner import NonFiniteLossError, PPOLearner
 from trainer.learning.ranks import Ranks
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.loading import LoadedModel, new_learner, prepare_torch
 from trainer.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _log = get_logger(__name__)
 
@@ -28,21 +32,26 @@ class Blueprint:
 
     config: PreTrainedConfig
     dtype: torch.dtype
-    reference_config: PreTrainedConfig | None
+    adapter: LoraConfig | None
+    reference: PreTrainedConfig | AdapterOff | None
     pad_id: int
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Blueprint:
         """That of a model which rank 0 has loaded."""
         model = loaded.model.pretrained_model
-        reference = None if loaded.reference is None else loaded.reference.config
-        return cls(model.config, model.dtype, reference, loaded.pad_id)
+        reference = loaded.reference.config if isinstance(loaded.reference, PreTrainedModel) else loaded.reference
+        return cls(model.config, model.dtype, adapter_of(model), reference, loaded.pad_id)
 
-    def build(self) -> tuple[AutoModelForCausalLMWithValueHead, PreTrainedModel | None]:
+    def build(self) -> tuple[AutoModelForCausalLMWithValueHead, PreTrainedModel | AdapterOff | None]:
         """Policy with value head, and reference, on the meta device."""
         with torch.device("meta"):
-            model = AutoModelForCausalLMWithValueHead(_empty(self.config, self.dtype))
-            reference = None if self.reference_config is None else _empty(self.reference_config, torch.float32)
+            language_model = _empty(self.config, self.dtype)
+            if self.adapter is not None:
+                add_adapter(language_model, self.adapter)
+            model = AutoModelForCausalLMWithValueHead(language_model)
+            of = self.reference
+            reference = _empty(of, torch.float32) if isinstance(of, PreTrainedConfig) else of
         return model.eval(), reference
 
 

@@ -14,11 +14,23 @@ import torch
 import transformers
 from accelerate.accelerator import Accelerator
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_scheduler
 
 from rlhf.fingerprints import tokenizer_digest, weights_digest
 from rlhf.logs import get_logger
 from rlhf.memory import keep_freed_memory
+from trainer.adapters import (
+    ADAPTER_OFF,
+    AdapterOff,
+    adapted_layers,
+    adapter_of,
+    add_adapter,
+    base_parameters,
+    layers_of_adapter,
+    lora_config,
+    names_adapter,
+)
 from trainer.learning.learner import PPOLearner
 from trainer.learning.ranks import Ranks
 from trainer.model import AutoModelForCausalLMWithValueHead
@@ -26,7 +38,7 @@ from trainer.ppo.importance import IMPORTANCE_CAP
 from trainer.run.checkpoints import realign_parameters
 from trainer.run.prompts import Prompt, Record, encode, load_records
 from trainer.run.seeds import derive_seed
-from trainer.settings import ReferencePlace, Sharding, TrainerSettings
+from trainer.settings import LrScheduler, ReferencePlace, Sharding, TrainerSettings
 
 _log = get_logger(__name__)
 
@@ -42,9 +54,11 @@ class LoadedModel:
     model: AutoModelForCausalLMWithValueHead
     tokenizer: Any
     tokenizer_digest: str
-    reference: PreTrainedModel | None
+    reference: PreTrainedModel | AdapterOff | None
     reference_digest: str
     """Of `reference`; empty if there is none."""
+    base_digest: str
+    """Of the model under the adapter; empty if there is no adapter."""
     max_prompt_tokens: int
 
     @property
@@ -88,22 +102,31 @@ def load_model(settings: TrainerSettings, checkpoint: Path | None) -> LoadedMode
     source = str(checkpoint or settings.model)
     with _loading(source, "--model"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(source, trust_remote_code=False)
+    model = _load_policy(settings, checkpoint)
     realign_parameters(model)
-    reference = None
+    base_digest = ""
+    if model.is_peft_model:
+        base_digest = weights_digest(base_parameters(model.pretrained_model), torch.float32)
+    reference: PreTrainedModel | AdapterOff | None = None
+    reference_digest = ""
     if settings.reference is ReferencePlace.TRAINER:
-        reference = _load_reference(settings.reference_model or settings.model)
-        if (theirs := _logit_columns(reference)) != (ours := _logit_columns(model.pretrained_model)):
-            raise SettingsError(
-                f"the reference has {theirs} logit columns, --model {ours}: give a --reference-model of the same "
-                "vocabulary"
-            )
+        if model.is_peft_model and settings.reference_model in (None, settings.model):
+            reference, reference_digest = ADAPTER_OFF, base_digest
+        else:
+            reference = _load_reference(settings.reference_model or settings.model)
+            reference_digest = weights_digest(reference.named_parameters(), torch.float32)
+            if (theirs := _logit_columns(reference)) != (ours := _logit_columns(model.pretrained_model)):
+                raise SettingsError(
+                    f"the reference has {theirs} logit columns, --model {ours}: give a --reference-model of the same "
+                    "vocabulary"
+                )
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         tokenizer_digest=tokenizer_digest(tokenizer),
         reference=reference,
-        reference_digest="" if reference is None else weights_digest(reference.named_parameters(), torch.float32),
+        reference_digest=reference_digest,
+        base_digest=base_digest,
         max_prompt_tokens=_max_prompt_tokens(settings, _context_tokens(model)),
     )
 
@@ -135,7 +158,7 @@ def usable_prompts(records: Sequence[Record], loaded: LoadedModel) -> list[Promp
 def new_learner(
     settings: TrainerSettings,
     model: AutoModelForCausalLMWithValueHead,
-    reference: PreTrainedModel | None,
+    reference: PreTrainedModel | AdapterOff | None,
     *,
     pad_id: int,
     ranks: Ranks,
@@ -143,6 +166,10 @@ def new_learner(
     """A learner that has trained nothing yet; raises SettingsError for what the model can't do."""
     # As `join_ranks` has it: accelerate keeps one state for the whole process.
     cpu = ranks.count > 1 and not torch.accelerator.is_available()
+
+    def schedule(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return lr_schedule(settings, optimizer)
+
     try:
         return PPOLearner(
             model,
@@ -153,11 +180,21 @@ def new_learner(
             old_logprobs=settings.old_logprobs.value,
             importance_cap=IMPORTANCE_CAP if settings.max_staleness > 0 and settings.importance_sampling else None,
             accelerator=Accelerator(mixed_precision=settings.mixed_precision.value, cpu=cpu),
+            lr_scheduler=schedule,
             ranks=ranks,
             sharded=settings.sharding is Sharding.FSDP,
         )
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def lr_schedule(settings: TrainerSettings, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """transformers' schedule of that name, counted in PPO steps."""
+    warmup, name = settings.lr_warmup_steps, settings.lr_scheduler
+    # What transformers calls constant has no warm-up.
+    called = "constant_with_warmup" if name is LrScheduler.CONSTANT else name.value
+    schedule: LRScheduler = get_scheduler(called, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
+    return schedule
 
 
 def split_off_held_out(records: Sequence[Record], *, most: int, seed: int) -> tuple[Sequence[Record], Sequence[Record]]:
@@ -184,6 +221,55 @@ def _loading(source: str, setting: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(f"can't load {source} ({setting}): {error}") from error
+
+
+def _load_policy(settings: TrainerSettings, checkpoint: Path | None) -> AutoModelForCausalLMWithValueHead:
+    """The policy with its value head, and with the adapter that the settings ask for: fresh, or the checkpoint's."""
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    has_adapter = checkpoint is not None and names_adapter(str(checkpoint), {}) is not None
+    if has_adapter and settings.lora_rank is None:
+        raise SettingsError(f"{checkpoint} holds a LoRA adapter: give the --lora-rank that this run began with")
+    if has_adapter:
+        with _loading(str(checkpoint), "--model"):
+            model = load(str(checkpoint), base_model=settings.model, trust_remote_code=False)
+        _require_same_adapter(settings, model.pretrained_model)
+        return model
+    if checkpoint is not None and settings.lora_rank is not None:
+        raise SettingsError(
+            f"--lora-rank is {settings.lora_rank}, but this run trains all weights: leave it out, or begin a new run"
+        )
+    source = str(checkpoint or settings.model)
+    with _loading(source, "--model"):
+        if base := names_adapter(source, {}):
+            raise ValueError(f"it is an adapter of {base}, which policy servers do not load; give a whole model")
+        model = load(source, trust_remote_code=False)
+    if settings.lora_rank is not None:
+        config = lora_config(settings.lora_rank, _lora_alpha(settings), settings.lora_targets)
+        try:
+            add_adapter(model.pretrained_model, config)
+        except ValueError as error:
+            raise SettingsError(f"--lora-targets: {error}") from error
+    return model
+
+
+def _lora_alpha(settings: TrainerSettings) -> float:
+    assert settings.lora_rank is not None, "there is an adapter"
+    return 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+
+
+def _require_same_adapter(settings: TrainerSettings, model: PreTrainedModel) -> None:
+    config, layers = adapter_of(model), layers_of_adapter(model)
+    assert config is not None, "it was loaded"
+    try:
+        asked = adapted_layers(model, settings.lora_targets)
+    except ValueError as error:
+        raise SettingsError(f"--lora-targets: {error}") from error
+    if (settings.lora_rank, _lora_alpha(settings), asked) != (config.r, config.lora_alpha, layers):
+        names = sorted({layer.rpartition(".")[2] for layer in layers})
+        raise SettingsError(
+            f"this run began with --lora-rank {config.r}, --lora-alpha {config.lora_alpha:g} and an adapter in "
+            f"{len(layers)} layers ({', '.join(names)}); the settings ask for another: give those, or begin a new run"
+        )
 
 
 def _load_reference(source: str) -> PreTrainedModel:

@@ -52,6 +52,7 @@ class Plan:
     seed: int
     max_staleness: int
     oversample: float
+    merge_adapter: bool
 
     @property
     def draws(self) -> int:
@@ -72,11 +73,23 @@ class Parts:
     collector: RolloutCollector
     agreement: Agreement
     checkpoints: CheckpointStore
+    best_folder: Path
     journal: Journal
     records: RunRecords
     trackers: Sequence[Tracker]
     metrics: TrainerMetrics
     progress: Progress
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A learner's model as a run leaves it behind: an adapter merged into the weights, or alone."""
+
+    learner: PPOLearner
+    merge_adapter: bool
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.learner.save_pretrained(folder, merge_adapter=self.merge_adapter)
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,7 @@ class TrainingLoop:
         self._parts = parts
         self._stop = stop
         self._learning = False
+        self._best_written: int | None = None
         self._begun: deque[_Begun] = deque()
         self._seconds: dict[str, float] = {}
         self._whole_length: float | None = None
@@ -129,8 +143,9 @@ class TrainingLoop:
             if self._evaluation_is_due():
                 with self._phase("evaluate"):
                     await self._evaluate()
-            finished = self.state.completed_step >= self._plan.steps
-            if finished or (self.state.completed_step and self.state.completed_step % self._plan.save_every == 0):
+            step = self.state.completed_step
+            finished = step >= self._plan.steps
+            if finished or self._is_best() or (step and step % self._plan.save_every == 0):
                 await self.save()
             if finished:
                 return
@@ -138,10 +153,13 @@ class TrainingLoop:
                 await self._train_one_step()
 
     async def save(self) -> None:
-        """Write a checkpoint of the boundary that the run is at."""
+        """Write a checkpoint of the boundary that the run is at, and, if that is the best, the model by itself."""
         with self._phase("checkpoint"):
             self.state = replace(self.state, log_offsets=self._parts.records.sync())
             await self._in_model_thread(self._write_checkpoint)
+            if self._is_best() and self._best_written != self.state.best_step:
+                await self._in_model_thread(lambda: self._write_model(self._parts.best_folder))
+                self._best_written = self.state.best_step
             await self._parts.journal.forget(before=self._parts.checkpoints.oldest_step())
         self._parts.metrics.checkpoints.inc()
         self._show_checkpoint()
@@ -156,16 +174,9 @@ class TrainingLoop:
         metrics.checkpoint_bytes.set(sum(file.stat().st_size for file in newest.rglob("*") if file.is_file()))
 
     async def export(self, folder: Path) -> None:
-        """Write the model and its tokenizer to `folder`, as transformers loads them."""
+        """Write the model as it is, and its tokenizer, to `folder`."""
         with self._phase("export"):
-            await self._in_model_thread(
-                lambda: save_model(
-                    folder,
-                    step=self.state.completed_step,
-                    model=self._parts.learner,
-                    tokenizer=self._parts.tokenizer,
-                )
-            )
+            await self._in_model_thread(lambda: self._write_model(folder))
 
     async def _train_one_step(self) -> None:
         started = time.monotonic()
@@ -245,7 +256,8 @@ class TrainingLoop:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _publish(self) -> None:
-        await self._parts.policy.publish(self._parts.learner.policy_parameters(), self._weights())
+        learner = self._parts.learner
+        await self._parts.policy.publish(learner.policy_parameters(), self._weights(), frozen=learner.frozen_parameters)
         self._parts.metrics.publishes.inc()
         self._parts.metrics.weights_version.set(self.state.version)
 
@@ -280,6 +292,7 @@ class TrainingLoop:
         best = self.state.best_reward
         if result.reward_mean is not None and (best is None or result.reward_mean > best):
             self.state = replace(self.state, best_reward=result.reward_mean, best_step=step)
+            _log.info("the best evaluation so far", step=step, reward_mean=result.reward_mean)
         numbers = asdict(result)
         self._parts.records.metrics.write(
             {
@@ -386,6 +399,18 @@ class TrainingLoop:
             tokenizer=self._parts.tokenizer,
             learner_state=self._parts.learner.state_dict(),
         )
+
+    def _write_model(self, folder: Path) -> None:
+        save_model(
+            folder,
+            step=self.state.completed_step,
+            model=_Export(self._parts.learner, merge_adapter=self._plan.merge_adapter),
+            tokenizer=self._parts.tokenizer,
+        )
+
+    def _is_best(self) -> bool:
+        """Whether no evaluation had a higher reward; what the run began with is no result of it."""
+        return 0 < self.state.completed_step == self.state.best_step
 
     def _weights(self) -> WeightsVersion:
         return WeightsVersion(self.state.run_id, self.state.incarnation, self.state.version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -16,6 +16,7 @@ from rlhf.failures import RpcFailure
 from rlhf.fingerprints import weights_digest
 from rlhf.logs import get_logger
 from rlhf.security.config import CredentialsError
+from trainer.adapters import ADAPTER_OFF, base_parameters
 from trainer.clients.fleet import PolicyFleet
 from trainer.clients.policy import POLICY_SERVICE, REFERENCE, BrokenServerError, ModelInfo, PolicyClient
 from trainer.clients.publisher import WEIGHTS_SERVICE, PublishError, WeightsInfo
@@ -51,7 +52,7 @@ from trainer.run.servers import Servers
 from trainer.run.space import free_at, in_units
 from trainer.run.start import Start, checkpoint_store
 from trainer.run.waiting import Patience
-from trainer.settings import TrainerSettings
+from trainer.settings import LoraExport, TrainerSettings
 from trainer.versions import WeightsVersion
 
 _log = get_logger(__name__)
@@ -159,7 +160,7 @@ class Preflight:
         """What must not change from here on: the run's, or for a new run what there is now."""
         if self._start.stored is not None:
             return self._start.stored.pins
-        return Pins(self.reference_digest, self.model.tokenizer_digest, self.reward.version)
+        return Pins(self.reference_digest, self.model.tokenizer_digest, self.reward.version, self.model.base_digest)
 
     @property
     def agreement(self) -> Agreement:
@@ -177,12 +178,20 @@ class Preflight:
         )
 
     async def _check_model(self) -> str:
+        stored = self._start.stored
         self.model = await asyncio.to_thread(load_model, self._settings, self._start.checkpoint)
+        if stored is not None and stored.pins.base_digest != self.model.base_digest:
+            raise PinError(
+                f"--model {self._settings.model} ({self.model.base_digest}) is not what this run's adapter is of "
+                f"({stored.pins.base_digest}): put its files back, or begin a new run"
+            )
         self.learner = await asyncio.to_thread(leading_learner, self._settings, self.model, self._ranks)
         model = self.model.model.pretrained_model
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         source = self._start.checkpoint or self._settings.model
-        return f"{type(model).__name__}, {millions:.3g} million parameters, from {source}"
+        parameters = sum(parameter.numel() for _, parameter in base_parameters(model))
+        adapter = sum(parameter.numel() for parameter in model.parameters()) - parameters
+        said = f"{type(model).__name__}, {_millions(parameters)} parameters, from {source}"
+        return f"{said}; {_millions(adapter)} of an adapter are trained" if adapter else said
 
     async def _check_data(self) -> str:
         self.data = await asyncio.to_thread(load_data, self._settings)
@@ -206,7 +215,14 @@ class Preflight:
         return f"{len(usable)} of the first {len(draws)} have 1 to {most} tokens"
 
     async def _check_disk(self) -> str:
-        return checkpoint_store(self._settings).require_room(self.model.model.parameters())
+        trained = [parameter for parameter in self.model.model.parameters() if parameter.requires_grad]
+        adapter_alone = self.model.model.is_peft_model and self._settings.lora_export is LoraExport.ADAPTER
+        exported = trained if adapter_alone else [each for _, each in self.learner.policy_parameters()]
+        return checkpoint_store(self._settings).require_room(
+            trained,
+            model_bytes=sum(parameter.nbytes for parameter in exported),
+            with_best=self._settings.eval_prompts > 0,
+        )
 
     async def _check_policy_server(self) -> str:
         await self._ask(self._policy_server, self._servers.reach(), "grpc.health.v1.Health/Check")
@@ -230,7 +246,8 @@ class Preflight:
         return f"{self.needs.context_tokens} of the policy server's {self.served.max_context_tokens} tokens"
 
     async def _check_transfer(self) -> str:
-        size = sum(parameter.nbytes for parameter in self.model.model.pretrained_model.parameters())
+        sizes = {name: parameter.nbytes for name, parameter in self.learner.policy_parameters()}
+        size, told = sum(sizes.values()), _told(sizes, self.learner.frozen_parameters)
         most = self.weights.max_staging_bytes
         if most and size > most:
             raise PinError(
@@ -239,7 +256,7 @@ class Preflight:
             )
         folder = self._settings.weights_folder
         if folder is None:
-            return f"{in_units(size)} in the stream"
+            return f"{told} in the stream"
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise SettingsError(
                 f"--weights-folder {folder} is not a folder that this user may write to: make it, or leave it out and "
@@ -251,10 +268,10 @@ class Preflight:
                 "leave it out and weights go in the stream"
             )
         if not self.weights.reads_folders:
-            return f"{in_units(size)} in the stream: the policy server was started without --weights-root"
+            return f"{told} in the stream: the policy server was started without --weights-root"
         # A server that stages in place would be left without weights by any update that it refuses.
         if not most or self.weights.in_place:
-            return f"{in_units(size)} through {folder}; whether the policy server sees it, the first publish tells"
+            return f"{told} through {folder}; whether the policy server sees it, the first publish tells"
         async with empty_folder(folder) as name:
             seen = await self._ask(
                 self._policy_server, self._servers.publisher.finds(name), f"{WEIGHTS_SERVICE}/UpdateWeights"
@@ -265,7 +282,7 @@ class Preflight:
                 f"{folder}: give the server's --weights-root as this process sees it, or leave it out and weights go "
                 "in the stream"
             )
-        return f"{in_units(size)} through {folder}"
+        return f"{told} through {folder}"
 
     async def _check_reward_server(self) -> str:
         stored = self._start.stored
@@ -297,7 +314,7 @@ class Preflight:
     async def _check_reference(self) -> str:
         stored = self._start.stored
         if self.model.reference is not None:
-            said = "the trainer's own"
+            said = "the trainer's own" + (", the policy without its adapter" * (self.model.reference is ADAPTER_OFF))
             self.reference_digest = self.model.reference_digest
         else:
             served = await self._served_reference()
@@ -422,3 +439,15 @@ class Preflight:
         _check_log_probabilities,
         ("model", "prompts", "policy server", "tokenizer", "logit columns", "context", "reference"),
     )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} million"
+
+
+def _told(sizes: Mapping[str, int], frozen: Collection[str]) -> str:
+    """How much is published: at first, and where something is frozen, in every step."""
+    said = in_units(sum(sizes.values()))
+    if not frozen:
+        return said
+    return f"{said} at first, then {in_units(sum(size for name, size in sizes.items() if name not in frozen))} a step"

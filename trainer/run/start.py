@@ -31,6 +31,11 @@ def model_folder(settings: TrainerSettings) -> Path:
     return settings.run_dir / "model"
 
 
+def best_folder(settings: TrainerSettings) -> Path:
+    """Where the best model so far goes."""
+    return settings.run_dir / "best"
+
+
 def find_start(settings: TrainerSettings) -> Start:
     """What lies in the run's folder; nothing is written. Raises RunFolderError, CheckpointError."""
     identity = next_identity(settings.run_dir, run_id=settings.run_id, resume=settings.resume)

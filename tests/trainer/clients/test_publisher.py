@@ -189,6 +189,34 @@ async def test_a_lost_answer_is_resolved_by_asking_and_not_by_sending_again() ->
     assert len(server.updates) == 1
 
 
+async def test_what_is_frozen_is_sent_once_to_a_server_that_keeps_running() -> None:
+    server = MemoryWeights()
+    frozen = frozenset({"a.weight"})
+
+    async with publisher_to(server) as publisher:
+        await publisher.publish(TENSORS, version(1), frozen=frozen)
+        assert server.tensors.keys() == {"a.weight", "b.bias"}
+        await publisher.publish(TENSORS, version(2), frozen=frozen)
+        assert server.tensors.keys() == {"b.bias"}
+        assert [begin.partial for begin in server.updates] == [False, True]
+        assert WeightsVersion.from_proto(server.updates[1].if_current) == version(1)
+        assert server.updates[1].total_bytes == 2
+
+        server.instance, server.live = "second", policy_pb2.WeightsVersion()
+        await publisher.ensure()
+        assert server.tensors.keys() == {"a.weight", "b.bias"}
+
+
+async def test_what_another_start_of_the_trainer_published_is_sent_again_whole(tmp_path: Path) -> None:
+    server = MemoryWeights(live=version(7).to_proto(), root=tmp_path)
+
+    async with publisher_to(server, shared_folder=tmp_path) as publisher:
+        await publisher.publish(TENSORS, version(5, incarnation=2), frozen={"a.weight"})
+        assert server.tensors.keys() == {"a.weight", "b.bias"}
+        await publisher.publish(TENSORS, version(6, incarnation=2), frozen={"a.weight"})
+        assert server.tensors.keys() == {"b.bias"}
+
+
 async def test_the_first_publish_replaces_another_runs_weights_by_compare_and_swap_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

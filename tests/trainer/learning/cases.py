@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.learning.support import load, make_batch
+from trainer.adapters import ADAPTER_OFF, add_adapter, lora_config
 from trainer.learning.learner import PPOLearner
 from trainer.ppo.config import PPOConfig
 
@@ -25,6 +26,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     rollout_off_by: float = 0.0
     model: str = "gpt2"
+    adapter: bool = False
 
 
 CASES = {
@@ -41,6 +43,9 @@ CASES = {
     "whitened rewards": Case({"whiten_rewards": True, "horizon": 100.0, "target": 0.1}),
     "the full kl": Case({"kl_penalty": "full"}, rows=(7, 8)),
     "recomputed activations": Case({"gradient_checkpointing": True}),
+    "an adapter": Case({"mini_batch_size": 4, "learning_rate": 1e-3}, rows=(7, 5), adapter=True),
+    "an adapter and the full kl": Case({"kl_penalty": "full", "gradient_checkpointing": True}, adapter=True),
+    "an adapter of llama": Case(model="llama", adapter=True),
     "llama": Case(model="llama"),
     "an architecture that is read padded": Case(model="neox"),
 }
@@ -50,10 +55,13 @@ def step_through(case: Case, folder: Path, **rest: Any) -> tuple[PPOLearner, lis
     """The learner after the case's steps, and the statistics of each."""
     torch.manual_seed(5)
     settings = {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2, "learning_rate": 1e-4, **case.settings}
+    model = load(folder / case.model)
+    if case.adapter:
+        add_adapter(model.pretrained_model, lora_config(3, 6.0, None))
     learner = PPOLearner(
-        load(folder / case.model),
+        model,
         PPOConfig(**settings),
-        reference=AutoModelForCausalLM.from_pretrained(folder / case.model),
+        reference=ADAPTER_OFF if case.adapter else AutoModelForCausalLM.from_pretrained(folder / case.model),
         tokenizer_pad_id=256,
         **case.options,
         **rest,

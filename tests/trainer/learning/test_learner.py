@@ -247,6 +247,12 @@ def test_the_scheduler_moves_once_per_step_after_the_rate_is_reported(folder: Pa
     assert rates == pytest.approx([1e-4, 5e-5, 2.5e-5])
 
 
+def test_a_schedule_can_be_made_of_the_learner_s_own_optimizer(folder: Path) -> None:
+    learner = make_learner(folder, lr_scheduler=lambda made: torch.optim.lr_scheduler.ExponentialLR(made, gamma=0.5))
+    rates = [learner.step(make_batch())["ppo/learning_rate"] for _ in range(2)]
+    assert rates == pytest.approx([1e-4, 5e-5])
+
+
 def test_recomputed_activations_make_the_same_parameters(folder: Path) -> None:
     kept, recomputed = make_learner(folder), make_learner(folder, settings={"gradient_checkpointing": True})
     for learner in (kept, recomputed):

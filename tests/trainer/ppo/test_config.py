@@ -63,7 +63,7 @@ def test_batch_sizes_that_do_not_divide_are_refused_with_their_numbers() -> None
         ("horizon", 0.0),
         ("batch_size", 0),
         ("ppo_epochs", 0),
-        ("kl_penalty", "k3"),
+        ("kl_penalty", "k4"),
         ("seed", -1),
         ("score_clip", 0.0),
         ("max_grad_norm", -1.0),
@@ -78,6 +78,11 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
 def test_names_of_trl_without_a_meaning_here_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(ValidationError, match=f"{name} has no meaning here: "):
         PPOConfig(**{name: None})
+
+
+@pytest.mark.parametrize(("name", "meant"), [("k1", KlPenalty.KL), ("k2", KlPenalty.MSE), ("k3", KlPenalty.K3)])
+def test_the_kl_estimators_have_schulmans_names_too(name: str, meant: KlPenalty) -> None:
+    assert PPOConfig(**{"kl_penalty": name}).kl_penalty is meant
 
 
 def test_unknown_names_are_refused() -> None:

@@ -21,14 +21,23 @@ def test_the_estimators_are_what_they_are_called(tensors: tuple[Tensor, ...]) ->
     assert torch.equal(estimated_kl(logprobs, reference, KlPenalty.KL), difference)
     assert torch.equal(estimated_kl(logprobs, reference, KlPenalty.ABS), difference.abs())
     torch.testing.assert_close(estimated_kl(logprobs, reference, KlPenalty.MSE), difference**2 / 2)
+    k3 = torch.exp(-difference) - 1 + difference
+    torch.testing.assert_close(estimated_kl(logprobs, reference, KlPenalty.K3), k3)
+
+
+@given(masked(tensors=2), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1.0, 1e-3, 1e-6]))
+def test_k3_is_never_negative(tensors: tuple[Tensor, ...], dtype: torch.dtype, apart: float) -> None:
+    logprobs, reference = (tensor.to(dtype) * apart for tensor in tensors[:2])
+    assert (estimated_kl(logprobs, reference, KlPenalty.K3) >= 0).all()
 
 
 @given(logits, logits)
-def test_the_full_kl_is_the_expectation_of_the_kl_estimate_and_never_negative(
+def test_the_full_kl_is_the_expectation_of_the_unbiased_estimates_and_never_negative(
     policy: Tensor, reference: Tensor
 ) -> None:
-    expectation = (policy.exp() * estimated_kl(policy, reference, KlPenalty.KL)).sum()
-    torch.testing.assert_close(full_kl(policy, reference), expectation)
+    for penalty in (KlPenalty.KL, KlPenalty.K3):
+        expectation = (policy.exp() * estimated_kl(policy, reference, penalty)).sum()
+        torch.testing.assert_close(full_kl(policy, reference), expectation)
     assert full_kl(policy, reference) >= -1e-12
     torch.testing.assert_close(
         full_kl(policy, reference), torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="sum")
@@ -38,7 +47,7 @@ def test_the_full_kl_is_the_expectation_of_the_kl_estimate_and_never_negative(
 @given(logits)
 def test_a_policy_has_no_kl_from_itself(policy: Tensor) -> None:
     assert full_kl(policy, policy) == 0
-    for penalty in (KlPenalty.KL, KlPenalty.ABS, KlPenalty.MSE):
+    for penalty in (KlPenalty.KL, KlPenalty.ABS, KlPenalty.MSE, KlPenalty.K3):
         assert (estimated_kl(policy, policy, penalty) == 0).all()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,6 +65,26 @@ def test_a_reference_of_ones_own_is_used_with_or_without_a_value_head(
 
     assert abs(float(stats["objective/kl"])) > 0.1
     assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::trainer.quickstart.sampling.SamplingShapeWarning")
+def test_a_model_with_an_adapter_needs_no_reference_beside_it(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, peft_config=LoraConfig(r=4))
+    trainer = PPOTrainer(PPOConfig(batch_size=1, learning_rate=1e-2), model, None, make_byte_tokenizer())
+    greedy = {"do_sample": False, "max_new_tokens": 5}
+    before = trainer.generate(ids("hello"), **greedy)
+
+    kls = [trainer.step([ids("hello")], [ids("world")], [torch.tensor(1.0)])["objective/kl"] for _ in range(2)]
+    trainer.save_pretrained(tmp_path)
+    after, base = trainer.generate(ids("hello"), generate_ref_response=True, **greedy)
+
+    assert trainer.ref_model is None
+    assert kls[0] == pytest.approx(0.0, abs=1e-5)
+    assert abs(kls[1]) > 1e-3
+    assert not torch.equal(after, before)
+    assert torch.equal(base, before)
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    assert all(torch.equal(parameters(again)[name], now) for name, now in parameters(model).items())
 
 
 def test_one_prompt_gives_one_row_and_a_list_gives_a_list(trainer: PPOTrainer) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlhf.failures import RpcFailure
 from tests.support.models import make_byte_tokenizer, make_tiny_gpt2
@@ -42,16 +43,21 @@ QUERIES = [ids("hello"), ids("a longer prompt")]
 SCORES = [torch.tensor(1.0), torch.tensor(-1.0)]
 
 
-def make_trainer(folder: Path, address: str | None, **config: Any) -> PPOTrainer:
+def make_trainer(
+    folder: Path, address: str | None, *, peft_config: LoraConfig | None = None, **config: Any
+) -> PPOTrainer:
     torch.manual_seed(0)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, peft_config=peft_config)
     config = {"batch_size": 2, "learning_rate": 1e-2, **config}
     return PPOTrainer(PPOConfig(**config), model, None, make_byte_tokenizer(), policy_server=address)
 
 
 @pytest.mark.filterwarnings("ignore::trainer.quickstart.sampling.SamplingShapeWarning")
-def test_the_server_serves_the_trained_weights_after_every_step(folder: Path, server: ProcessUnderTest) -> None:
-    with make_trainer(folder, server.address) as trainer:
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, lora_alpha=16)], ids=["all weights", "an adapter"])
+def test_the_server_serves_the_trained_weights_after_every_step(
+    folder: Path, server: ProcessUnderTest, peft_config: LoraConfig | None
+) -> None:
+    with make_trainer(folder, server.address, peft_config=peft_config) as trainer:
         local = PPOTrainer(trainer.config, trainer.model, None, trainer.tokenizer)
         seen = []
         for _ in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,22 @@ def test_the_newest_few_are_kept_in_the_order_of_their_steps(tmp_path: Path) -> 
 
     assert {path.name for path in tmp_path.iterdir()} == {"step-999999", "step-1000000"}
     assert store.latest() == tmp_path / "step-1000000"
+
+
+def test_the_best_is_kept_besides_the_newest_until_there_is_a_better_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+
+    def kept_after(step: int, *, best_step: int | None) -> list[str]:
+        state = replace(state_at(step), best_step=best_step)
+        store.save(state, model=Nothing(), tokenizer=Nothing(), learner_state={})
+        return sorted(path.name[-1] for path in tmp_path.iterdir())
+
+    for step, best_step in enumerate((1, 1, 1, 1), start=1):
+        kept = kept_after(step, best_step=best_step)
+    assert kept == ["1", "3", "4"]
+    assert store.oldest_step() == 3  # what is forgotten does not wait for the best
+    assert kept_after(5, best_step=5) == ["4", "5"]
+    assert kept_after(6, best_step=5) == ["5", "6"]
 
 
 def test_an_interrupted_save_leaves_the_one_before_and_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
@@ -198,13 +215,16 @@ def test_realigned_parameters_lie_on_64_bytes_and_tied_ones_stay_tied(tmp_path: 
 
 
 def test_what_the_checkpoints_there_take_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, parameters = CheckpointStore(tmp_path / "checkpoints", keep=1), [torch.zeros(250)]  # 2 of 3 kB
+    store, trained = CheckpointStore(tmp_path / "checkpoints", keep=1), [torch.zeros(250)]  # 2 of 3 kB
     free = shutil._ntuple_diskusage(10_000, 4_500, 5_500)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
 
-    with pytest.raises(CheckpointError, match=r"5\.5 kB free, but 2 checkpoints of 3 kB need 6 kB: make room, lower"):
-        store.require_room(parameters)
+    with pytest.raises(CheckpointError, match=r"5\.5 kB free, but 2 checkpoints .* of 100 B need 6\.1 kB: make room"):
+        store.require_room(trained, model_bytes=100, with_best=False)
 
     save(store, 1)
     (tmp_path / "checkpoints" / "step-000001" / "learner.pt").write_bytes(bytes(1_000))
-    assert store.require_room(parameters) == "2 checkpoints of 3 kB, 5.5 kB free"
+    said = store.require_room(trained, model_bytes=100, with_best=False)
+    assert said == "2 checkpoints of 3 kB, 1 model of 100 B, 5.5 kB free"
+    with pytest.raises(CheckpointError, match=r"3 checkpoints of 3 kB, 2 models of 100 B need"):
+        store.require_room(trained, model_bytes=100, with_best=True)

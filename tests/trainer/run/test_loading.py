@@ -1,11 +1,14 @@
-"""What is held out of the data."""
+"""What is held out of the data, and the learning rate of each step."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.run.loading import split_off_held_out
+from tests.trainer.test_settings import settings
+from trainer.run.loading import lr_schedule, split_off_held_out
 from trainer.run.prompts import Record
 from trainer.run.seeds import derive_seed
 
@@ -41,3 +44,26 @@ def test_prompts_that_are_not_repeated_are_held_out_by_their_rows_alone() -> Non
     by_seed = sorted(range(50), key=lambda row: derive_seed(3, "held out", row))
     assert [record.row for record in held_out] == by_seed[:10]
     assert [record.row for record in training] == sorted(by_seed[10:])
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "rates"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 2, [0, 0.5, 1, 1, 1]),
+        ("linear", 1, [0, 1, 0.75, 0.5, 0.25]),
+        ("cosine", 0, [1, 0.905, 0.655, 0.345, 0.095]),
+        ("inverse_sqrt", 1, [0, 1, 0.707, 0.577, 0.5]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_step_by_step(name: str, warmup: int, rates: list[float]) -> None:
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=2.0)
+    schedule = lr_schedule(settings(lr_scheduler=name, lr_warmup_steps=warmup, steps=5), optimizer)
+
+    seen = []
+    for _ in rates:
+        seen.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        schedule.step()
+
+    assert seen == pytest.approx(rates, abs=1e-3)
