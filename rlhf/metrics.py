@@ -28,6 +28,11 @@ CREDENTIALS_RELOADS = Counter(
 CREDENTIALS_BROKEN = Gauge(
     "rlhf_credentials_broken", "1 while a changed file can't be used and the old one is still in force.", ("what",)
 )
+CERTIFICATE_EXPIRY = Gauge(
+    "rlhf_certificate_expiry_timestamp_seconds",
+    "When the first certificate of the chain in use stops being valid, in seconds since 1970.",
+    ("what", "file"),
+)
 CALLS_DENIED = Counter("rlhf_calls_denied_total", "Calls that were refused before they began, by reason.", ("reason",))
 QUOTA_SPENT = Counter("rlhf_quota_spent_total", "Units of its quota that an identity has used.", ("identity",))
 QUOTA_REFUSED = Counter("rlhf_quota_refused_total", "Calls beyond the quota of an identity.", ("identity",))
