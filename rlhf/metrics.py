@@ -14,6 +14,8 @@ from wsgiref.simple_server import WSGIServer
 import grpc
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from rlhf import tracing
+
 DEFAULT_METRICS_HOST = "127.0.0.1"
 
 # From a health check to the transfer of a large model.
@@ -102,7 +104,7 @@ class GrpcServerMetrics:
         try:
             yield call
         finally:
-            self.seconds.labels(*labels).observe(time.perf_counter() - began)
+            self.seconds.labels(*labels).observe(time.perf_counter() - began, tracing.exemplar())
             self.handled.labels(*labels, call.code.name).inc()
 
 
