@@ -10,6 +10,7 @@ from policy_server.settings import PolicySettings
 from rlhf.config import EX_CONFIG, load_settings
 from rlhf.extras import brought_by
 from rlhf.logs import configure_logging
+from rlhf.tracing import exporting
 
 PROG = "python -m policy_server"
 
@@ -25,7 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.server import BindError
 
     try:
-        asyncio.run(serve(settings))
+        with exporting(settings.otlp_endpoint, service="rlhf-policy-server"):
+            asyncio.run(serve(settings))
     except (ModelError, CredentialsError) as error:
         _give_up(error, EX_CONFIG)
     except BindError as error:

@@ -15,6 +15,7 @@ from policy_server import metrics, validation
 from policy_server.engine import protocol
 from policy_server.prompts import PromptEncoder, read_prompt
 from policy_server.readiness import Readiness
+from rlhf import tracing
 from rlhf.failures import RpcFailure, internal, not_found
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.security.caller import current_caller, spending
@@ -87,6 +88,10 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
                 texts[delta.index].append(delta.text)
         for completion, pieces in zip(completions, texts, strict=True):
             completion.text = "".join(pieces)
+        tracing.annotate(
+            prompt_tokens=len(wanted.prompt_token_ids),
+            completion_tokens=sum(len(completion.token_ids) for completion in completions),
+        )
         return policy_pb2.GenerateResponse(prompt_token_ids=wanted.prompt_token_ids, completions=completions)
 
     async def StreamGenerate(  # noqa: N802
@@ -109,7 +114,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             async for delta in deltas:
                 now = time.perf_counter()
                 if prompt_token_ids:
-                    metrics.FIRST_MESSAGE_SECONDS.observe(now - arrived)
+                    metrics.FIRST_MESSAGE_SECONDS.observe(now - arrived, tracing.exemplar())
                 if delta.index in last_message and delta.token_ids:
                     metrics.TOKEN_INTERVAL_SECONDS.observe((now - last_message[delta.index]) / len(delta.token_ids))
                 last_message[delta.index] = now
@@ -128,6 +133,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
         limits = self._limits(request.model)
         wanted = validation.scoring_request(request, limits, request_id=self._next_id())
         tokens = sum(len(prompt) + len(completion) for prompt, completion in wanted.sequences)
+        tracing.annotate(sequences=len(wanted.sequences), tokens=tokens)
         with spending(tokens) as spent:
             scores = await self._engine.log_probs(wanted)
             spent.used = tokens

@@ -21,6 +21,7 @@ from policy_server.readiness import Readiness
 from policy_server.service import Context, wire_version
 from policy_server.updates import Opening, PartStream, Update, UpdateBook, UpdateState
 from policy_server.validation import MAX_RUN_ID_BYTES, POLICY, Violations, model_name, weights_version
+from rlhf import tracing
 from rlhf.failures import RpcFailure, aborted, failed_precondition, invalid_argument, not_found, too_large, unavailable
 from rlhf.logs import get_logger
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
@@ -100,6 +101,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         self, messages: AsyncIterator[weights_pb2.UpdateWeightsRequest]
     ) -> weights_pb2.UpdateWeightsResponse:
         opening = await self._begin(messages)
+        tracing.annotate(version=opening.version.version)
         self._settle(opening.update_id)
         former = self._updates.find(opening.update_id)
         if former is None or former.state is not UpdateState.APPLIED:

@@ -18,6 +18,7 @@ from rlhf.logs import configure_logging, get_logger
 from rlhf.reward.v1 import reward_pb2_grpc
 from rlhf.security.config import CredentialsError
 from rlhf.server import BindError, Server
+from rlhf.tracing import exporting
 
 _log = get_logger(__name__)
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(settings.log_format, settings.log_level)
     try:
         reward = make_reward(settings.reward, settings.reward_options, settings.limits())
-        asyncio.run(_serve(reward, settings))
+        with exporting(settings.otlp_endpoint, service="rlhf-reward-server"):
+            asyncio.run(_serve(reward, settings))
     except (RewardLoadError, CredentialsError) as error:
         print(f"reward_server: {error}", file=sys.stderr)
         return EX_CONFIG

@@ -16,7 +16,7 @@ from reward_server import metrics
 from reward_server.kinds import Limits, RewardKind, Sample, Scope
 from reward_server.memory import OutcomeMemory, SampleKey
 from reward_server.results import Failed, FailureCode, Outcome, Pending
-from rlhf import failures
+from rlhf import failures, tracing
 from rlhf.logs import get_logger
 
 _log = get_logger(__name__)
@@ -231,10 +231,14 @@ class Scheduler:
     async def _judge(self, samples: Sequence[Sample], answer_by: float | None) -> list[Outcome]:
         self._metrics.batch_samples.observe(len(samples))
         began = time.perf_counter()
-        with self._metrics.running_batches.track_inprogress():
+        # A child of the call that brought the samples first.
+        with (
+            tracing.span("judge", kind=self._reward.kind, samples=len(samples)),
+            self._metrics.running_batches.track_inprogress(),
+        ):
             outcomes = await self._reward.score(samples, answer_by)
-        seconds = time.perf_counter() - began
-        self._metrics.batch_seconds.observe(seconds)
+            seconds = time.perf_counter() - began
+            self._metrics.batch_seconds.observe(seconds, tracing.exemplar())
         # A moving average is enough to tell a refused client when to come back.
         self._seconds_per_sample += 0.2 * (seconds / len(samples) - self._seconds_per_sample)
         return outcomes

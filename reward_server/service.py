@@ -13,7 +13,7 @@ from reward_server.results import Failed, Outcome
 from reward_server.scheduler import Scheduler
 from reward_server.validation import check_score_request
 from reward_server.wire import decode, encode
-from rlhf import failures
+from rlhf import failures, tracing
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.security.caller import spending
 
@@ -43,6 +43,7 @@ class RewardService(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.ScoreRequest, context: _Context
     ) -> reward_pb2.ScoreResponse:
         """Judge every sample of the request; see reward.proto."""
+        tracing.annotate(samples=len(request.samples))
         description, scheduler = self._find(request.reward)
         check_score_request(request, max_samples=self._max_samples, scope=description.scope)
         json_keys = frozenset(request.json_metadata_keys)

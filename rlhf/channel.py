@@ -18,6 +18,7 @@ from urllib.parse import quote
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from rlhf import tracing
 from rlhf.addresses import is_loopback
 from rlhf.failures import RpcFailure, from_rpc_error, is_transient
 from rlhf.logs import get_logger
@@ -112,15 +113,16 @@ def open_channel(
     if is_loopback(target):
         # A proxy from the environment can't reach this machine's loopback.
         options.append(("grpc.enable_http_proxy", 0))
+    interceptors = tracing.client_interceptors()
     if security is None or security == ClientSecurity():
-        return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
     if security.tls is not None and security.tls.server_name:
         options.append(("grpc.ssl_target_name_override", security.tls.server_name))
 
     def connect(credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
         if credentials is None:
-            return grpc.aio.insecure_channel(target, options=options)
-        return grpc.aio.secure_channel(target, credentials, options=options)
+            return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
+        return grpc.aio.secure_channel(target, credentials, options=options, interceptors=interceptors)
 
     return SecuredChannel(target, security, connect)
 

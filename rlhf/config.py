@@ -51,6 +51,12 @@ class ProcessSettings(BaseSettings):
     endpoint_file: Path | None = Field(
         default=None, description="Write pid, address and metrics URL there, as JSON, once they are known"
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+:\d{1,5}$",
+        description="Send traces to this OTLP receiver over gRPC; https = with TLS; unset = no traces",
+        json_schema_extra={"unit": "http(s)://host:port"},
+    )
 
     @classmethod
     def settings_customise_sources(

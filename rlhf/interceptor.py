@@ -1,4 +1,4 @@
-"""What surrounds every call on a server: metrics, the context of log lines, failures as status codes, who may call."""
+"""What surrounds every call on a server: metrics, log context and trace, failures as status codes, who may call."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from rlhf import tracing
 from rlhf.channel import REQUEST_ID_KEY, RUN_ID_KEY, STEP_KEY
 from rlhf.failures import RpcFailure, internal, to_status
 from rlhf.logs import bound_context, get_logger
@@ -62,7 +63,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metadata = _text_metadata(sent)
 
         async def surrounded(requests: Any, context: _Context) -> Any:
-            with self._metrics.call(name) as call, _log_context(metadata):
+            with (
+                _log_context(metadata),
+                tracing.server_span(f"{name.service}/{name.method}", sent),
+                self._metrics.call(name) as call,
+            ):
                 async with _failures_as_status(context, call, name), contextlib.AsyncExitStack() as stack:
                     caller = None
                     if self._access is not None:
@@ -129,6 +134,7 @@ async def _failures_as_status(context: _Context, call: CallMetrics, name: Method
         call.code = grpc.StatusCode.INTERNAL
         await context.abort(*to_status(internal(f"{type(error).__name__} in the server, whose log says more")))
     finally:
+        tracing.answered(call.code)
         _log.debug("answered", method=f"{name.service}/{name.method}", code=call.code.name)
 
 

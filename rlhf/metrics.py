@@ -14,6 +14,8 @@ from wsgiref.simple_server import WSGIServer
 import grpc
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from rlhf import tracing
+
 DEFAULT_METRICS_HOST = "127.0.0.1"
 
 # From a health check to the transfer of a large model.
@@ -27,6 +29,11 @@ CREDENTIALS_RELOADS = Counter(
 )
 CREDENTIALS_BROKEN = Gauge(
     "rlhf_credentials_broken", "1 while a changed file can't be used and the old one is still in force.", ("what",)
+)
+CERTIFICATE_EXPIRY = Gauge(
+    "rlhf_certificate_expiry_timestamp_seconds",
+    "When the first certificate of the chain in use stops being valid, in seconds since 1970.",
+    ("what", "file"),
 )
 CALLS_DENIED = Counter("rlhf_calls_denied_total", "Calls that were refused before they began, by reason.", ("reason",))
 QUOTA_SPENT = Counter("rlhf_quota_spent_total", "Units of its quota that an identity has used.", ("identity",))
@@ -97,7 +104,7 @@ class GrpcServerMetrics:
         try:
             yield call
         finally:
-            self.seconds.labels(*labels).observe(time.perf_counter() - began)
+            self.seconds.labels(*labels).observe(time.perf_counter() - began, tracing.exemplar())
             self.handled.labels(*labels, call.code.name).inc()
 
 

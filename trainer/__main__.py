@@ -21,6 +21,7 @@ from rlhf.extras import brought_by
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
 from rlhf.metrics import serve_metrics
+from rlhf.tracing import exporting
 from trainer.settings import TrainerSettings
 
 _log = get_logger(__name__)
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             lock_run_folder(settings.run_dir),
             _metrics_endpoint(settings),
+            exporting(settings.otlp_endpoint, service="rlhf-trainer"),
             Progress(steps=settings.steps, waits=waits, live=live) as progress,
         ):
             code = asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits, ranks=ranks))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import grpc
 
+from rlhf.metrics import CERTIFICATE_EXPIRY
 from rlhf.security.config import ClientTls, CredentialsError, ServerTls
+from rlhf.security.expiry import first_expiry
 from rlhf.security.reloading import Reloaded
 
 
@@ -20,6 +22,7 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
 
     def load() -> tuple[grpc.ServerCertificateConfiguration, Sequence[Path]]:
         pair = _pair(tls.cert, tls.key)
+        _show_expiry("server certificate", tls.cert, pair[1])
         roots = None if tls.client_ca is None else _authorities(tls.client_ca)
         files = [file for file in (tls.cert, tls.key, tls.client_ca) if file is not None]
         return grpc.ssl_server_certificate_configuration([pair], roots), files
@@ -45,7 +48,10 @@ def channel_credentials(tls: ClientTls) -> Reloaded[grpc.ChannelCredentials]:
     """Credentials of a client; another object once the files have changed. Raises CredentialsError."""
 
     def load() -> tuple[grpc.ChannelCredentials, Sequence[Path]]:
-        key, cert = (None, None) if tls.cert is None or tls.key is None else _pair(tls.cert, tls.key)
+        key, cert = None, None
+        if tls.cert is not None and tls.key is not None:
+            key, cert = _pair(tls.cert, tls.key)
+            _show_expiry("client certificate", tls.cert, cert)
         roots = None if tls.ca is None else _authorities(tls.ca)
         files = [file for file in (tls.ca, tls.cert, tls.key) if file is not None]
         return grpc.ssl_channel_credentials(roots, key, cert), files
@@ -63,6 +69,10 @@ def _pair(cert: Path, key: Path) -> tuple[bytes, bytes]:
         why = "they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else "not an unencrypted PEM pair"
         raise CredentialsError(f"certificate {cert} and key {key}: {why}") from error
     return key_bytes, cert_bytes
+
+
+def _show_expiry(what: str, file: Path, chain: bytes) -> None:
+    CERTIFICATE_EXPIRY.labels(what, str(file)).set(first_expiry(chain))
 
 
 def _authorities(bundle: Path) -> bytes:

@@ -19,6 +19,7 @@ from typing import TypeVar
 import grpc
 from torch import Tensor
 
+from rlhf import tracing
 from rlhf.channel import OnWait, RetryPolicy, Waiting
 from rlhf.failures import RpcFailure, is_transient, unavailable
 from rlhf.logs import get_logger
@@ -48,6 +49,7 @@ class _Weights:
     tensors: Sequence[tuple[str, Tensor]]
     version: WeightsVersion
     frozen: Collection[str]
+    trace: tracing.TraceContext | None
 
 
 class PolicyFleet:
@@ -144,7 +146,7 @@ class PolicyFleet:
             kept = await asyncio.to_thread(
                 lambda: [(name, each if name in still else each.to("cpu", copy=True)) for name, each in kept]
             )
-        self._weights = _Weights(kept, weights, frozen)
+        self._weights = _Weights(kept, weights, frozen, tracing.here())
         for replica in self._replicas.values():
             replica.wanted.set()
         self._release(await self._taken(Place(weights, or_later=False, generates=False)), generates=False)
@@ -319,10 +321,8 @@ class PolicyFleet:
                 if weights is None:
                     await replica.publisher.wait_ready(within=_REPORT_SECONDS)
                 else:
-                    await replica.publisher.publish(weights.tensors, weights.version, frozen=weights.frozen)
-                    await replica.client.wait_ready(within=_READY_SECONDS)
-                    if replica.holds is None:
-                        replica.room = (await replica.client.get_model()).max_running_completions
+                    with tracing.continuing(weights.trace):
+                        await self._bring(replica, weights)
             except TakenOverError as error:
                 self._error = error
             except Exception as error:
@@ -340,6 +340,12 @@ class PolicyFleet:
                     _log.info("a policy server joined", target=replica.target, weights=str(holds))
                 replica.state, replica.holds = ReplicaState.USABLE, holds
             self._changed()
+
+    async def _bring(self, replica: Replica, weights: _Weights) -> None:
+        await replica.publisher.publish(weights.tensors, weights.version, frozen=weights.frozen)
+        await replica.client.wait_ready(within=_READY_SECONDS)
+        if replica.holds is None:
+            replica.room = (await replica.client.get_model()).max_running_completions
 
     def _set_aside(self, replica: Replica, state: ReplicaState, why: str, *, pause: float) -> None:
         if state is ReplicaState.REFUSED and why != replica.why:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from rlhf import tracing
 from rlhf.channel import ANY_SERVERS, RetryPolicy, Waiting, call_metadata, call_with_retry, open_channel
 from rlhf.failures import from_rpc_error
 from rlhf.logs import bound_context, get_logger
@@ -108,6 +109,7 @@ class _Job:
     sample: RewardSample
     message: reward_pb2.Sample
     result: asyncio.Future[Outcome]
+    trace: tracing.TraceContext | None
     times_pending: int = 0
 
 
@@ -174,7 +176,7 @@ class RewardClient:
             return Failed(
                 "SAMPLE_TOO_LARGE", f"more than the server's {self._info.max_request_bytes} bytes per request"
             )
-        job = _Job(sample, message, asyncio.get_running_loop().create_future())
+        job = _Job(sample, message, asyncio.get_running_loop().create_future(), tracing.here())
         job.result.add_done_callback(self._end_idle_calls)
         self._queue.append(job)
         self._send_soon()
@@ -275,7 +277,7 @@ class RewardClient:
 
     async def _score_batch(self, batch: list[_Job]) -> None:
         try:
-            with bound_context(request_id=_request_id(batch)):
+            with bound_context(step=batch[0].sample.step, request_id=_request_id(batch)), _batch_span(batch):
                 results = await self._ask_until_well_formed(batch)
                 for job in batch:
                     self._settle(job, results[job.sample.sample_id])
@@ -387,6 +389,13 @@ class RewardClient:
             finish_reason=FINISH_REASONS.get(sample.finish_reason, reward_pb2.FINISH_REASON_UNSPECIFIED),
             metadata=dict(sample.metadata),
         )
+
+
+def _batch_span(batch: Sequence[_Job]) -> tracing.Span:
+    """A child of what the first sample was scored for; linked to what else its samples are for."""
+    first = batch[0]
+    others = {id(job.trace): job.trace for job in batch if job.trace is not first.trace}
+    return tracing.span("score", parent=first.trace, links=list(others.values()), samples=len(batch))
 
 
 def _request_id(batch: Sequence[_Job]) -> str | None:

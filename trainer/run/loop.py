@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rlhf import tracing
 from rlhf.logs import bound_context, get_logger
 from trainer.clients.fleet import PolicyFleet
 from trainer.clients.rewards import Scored
@@ -100,6 +101,7 @@ class _Begun:
     draws: Sequence[Draw]
     cursor: Cursor
     rollouts: asyncio.Task[list[Rollout | None]]
+    span: tracing.Span
 
 
 class TrainingLoop:
@@ -149,7 +151,7 @@ class TrainingLoop:
                 await self.save()
             if finished:
                 return
-            with bound_context(step=self.state.completed_step + 1):
+            with bound_context(step=self.state.completed_step + 1), self._step_span():
                 await self._train_one_step()
 
     async def save(self) -> None:
@@ -183,7 +185,7 @@ class TrainingLoop:
         step = self.state.completed_step + 1
         self._begin_rollouts()
         begun = self._begun[0]
-        with self._phase("rollout"):
+        with self._phase("rollout", traced=False):
             outcome = await self._stop.interruptible(_result(begun.rollouts))
         self._begun.popleft()
         rollouts = [rollout for rollout in outcome if rollout is not None]
@@ -192,6 +194,7 @@ class TrainingLoop:
         if trained:
             with self._phase("learn"):
                 batch = _batch(trained, self.state.version)
+                tracing.annotate(samples=len(trained))
                 self._learning = True
                 numbers = scalars(await self._in_model_thread(lambda: self._parts.learner.step(batch)))
                 self._learning = False
@@ -227,16 +230,33 @@ class TrainingLoop:
             draws, cursor = self._parts.prompts.draw(cursor, self._plan.draws)
             version = self.state.version + (step - after - 1) - self._plan.max_staleness
             oldest = replace(self._weights(), version=max(0, version))
-            self._begun.append(_Begun(step, draws, cursor, asyncio.create_task(self._roll_out(step, draws, oldest))))
+            span = self._rollout_span(step, draws, oldest)
+            rollouts = asyncio.create_task(self._roll_out(step, draws, oldest, span))
+            self._begun.append(_Begun(step, draws, cursor, rollouts, span))
 
-    async def _roll_out(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> list[Rollout | None]:
+    def _step_span(self) -> tracing.Span:
+        """Of the step that begins now; linked to its rollouts if they have begun already."""
+        ahead = [begun.span.context for begun in list(self._begun)[:1]]
+        return tracing.span("step", links=ahead, incarnation=self.state.incarnation, version=self.state.version)
+
+    def _rollout_span(self, step: int, draws: Sequence[Draw], oldest: WeightsVersion) -> tracing.Span:
+        """A child of its step's; in a trace of its own, linked to the current step's, when it is for a later step."""
+        ahead = step > self.state.completed_step + 1
+        links = [tracing.here()] if ahead else []
+        return tracing.span(
+            "rollout", root=ahead, links=links, step=step, prompts=len(draws), oldest_version=oldest.version
+        )
+
+    async def _roll_out(
+        self, step: int, draws: Sequence[Draw], oldest: WeightsVersion, span: tracing.Span
+    ) -> list[Rollout | None]:
         prompts = [draw.prompt for draw in draws if draw.dropped is None]
 
         def on_generated(done: int, of: int) -> None:
             if step == self.state.completed_step + 1:
                 self._parts.progress.count(done, of)
 
-        with bound_context(step=step):
+        with bound_context(step=step), span:
             return await self._parts.collector.collect(
                 prompts,
                 name=str(step),
@@ -419,15 +439,17 @@ class TrainingLoop:
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
 
     @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str, *, traced: bool = True) -> Iterator[None]:
+        """Measure what happens inside; `traced`: as a span, too."""
         started = time.monotonic()
-        with self._parts.progress.phase(name):
+        span = tracing.span(name, version=self.state.version) if traced else contextlib.nullcontext()
+        with self._parts.progress.phase(name), span:
             try:
                 yield
             finally:
                 seconds = time.monotonic() - started
                 self._seconds[name] = seconds
-                self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds)
+                self._parts.metrics.phase_seconds.labels(phase=name).observe(seconds, tracing.exemplar())
 
 
 async def _result(task: asyncio.Task[T]) -> T:

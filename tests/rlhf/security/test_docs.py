@@ -62,7 +62,7 @@ def test_the_table_of_roles_names_what_each_may_call(role: Role) -> None:
 
 
 def test_every_metric_of_security_is_on_the_page() -> None:
-    prefixes = ("rlhf_credentials_", "rlhf_calls_", "rlhf_quota_")
+    prefixes = ("rlhf_credentials_", "rlhf_certificate_", "rlhf_calls_", "rlhf_quota_")
     declared = {metric.name for metric in REGISTRY.collect() if metric.name.startswith(prefixes)}
     named = {name.removesuffix("_total") for name in re.findall(r"(rlhf_[a-z_]+)\{", PAGE)}
     assert declared == named
