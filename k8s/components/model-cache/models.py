@@ -15,6 +15,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 NAMES = ("model", "reference", "reference_model")
+# Weights are read from safetensors alone, so the same in other formats is left where it is.
+OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]
 PATIENCE_SECONDS = 3600.0
 POLL_SECONDS = 5.0
 
@@ -26,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     for name in sorted(named_in(files)):
         if order == "fetch":
             print(f"fetching {name}", flush=True)
-            snapshot_download(name)
+            snapshot_download(name, ignore_patterns=OTHER_FORMATS)
         while order == "wait" and not is_cached(name):
             if time.monotonic() > deadline:
                 print(f"{name} is still not in the cache: see the Job `models`", file=sys.stderr)
@@ -44,9 +46,9 @@ def named_in(files: Sequence[str]) -> set[str]:
 
 
 def is_cached(name: str) -> bool:
-    """Whether all of it is there: what is being fetched has no snapshot to point to yet."""
+    """Whether all of it is there; a fetch that is under way does not count."""
     try:
-        snapshot_download(name, local_files_only=True)
+        snapshot_download(name, ignore_patterns=OTHER_FORMATS, local_files_only=True)
     except LocalEntryNotFoundError:
         return False
     return True
