@@ -16,7 +16,7 @@ import pytest
 
 from tests.manifests.containers import Sandbox, pods
 from tests.manifests.kustomize import Resource, of_kind, overlay, with_components
-from tests.manifests.test_settings import settings_of
+from tests.manifests.test_settings import behind_module, settings_of
 from tests.support.certificates import Authority
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, health_of, wait_for
@@ -72,7 +72,7 @@ class Started:
         own.mkdir(parents=True)
         environment = {**sandbox.environment(pod, container), **more}
         self.processes[name] = ProcessUnderTest(
-            MODULES[container["name"]], sandbox.arguments(pod, container), own, env=environment
+            MODULES[container["name"]], behind_module(sandbox.arguments(pod, container)), own, env=environment
         )
         return self.processes[name]
 
