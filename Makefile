@@ -13,7 +13,7 @@ JOBS   ?= 2
 EXAMPLES ?= go rust typescript java cpp python
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rlhf-services/cargo
 
-.PHONY: help setup demo test test-all examples check protos monitoring bench constraints clean
+.PHONY: help setup demo test test-all examples check check-k8s protos monitoring bench constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,15 @@ check: $(READY) ## Lint, format, types, contract lint, and drift of what is made
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/protos.py --breaking
 	$(BIN)/python scripts/monitoring.py --check
+
+# checkov brings a hundred packages: it gets an environment of its own.
+CHECKOV := checkov==3.3.30
+
+check-k8s: $(READY) ## Render every overlay of k8s/, validate it strictly, start what it starts, lint it
+	$(BIN)/python -m pytest -n $(JOBS) tests/manifests
+	rm -rf build/manifests
+	$(BIN)/python -m tests.manifests.kustomize build/manifests
+	$(BIN)/uv tool run $(CHECKOV) --config-file k8s/checkov.yaml --directory build/manifests
 
 protos: $(READY) ## Regenerate the committed stubs from protos/
 	$(BIN)/buf format protos --write
