@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from rlhf.config import EX_CONFIG, load_settings
 from rlhf.endpoint import write_endpoint_file
@@ -93,5 +96,20 @@ def _metrics_endpoint(settings: TrainerSettings) -> Iterator[None]:
             endpoint.close()
 
 
+def _exit(code: int) -> NoReturn:
+    """End the process, the moment its work is done where it is one of several ranks.
+
+    A thread of torch.distributed's may be about to let go of its last tensor, for which it needs the interpreter: when
+    that is on its way out, the thread is ended and takes the process with it (SIGABRT).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit(main())

@@ -15,6 +15,7 @@ from policy_server.engine import activations, attention
 from policy_server.engine import cache as caches
 from policy_server.engine.lean import lean_forward
 from policy_server.engine.protocol import WeightsVersion
+from policy_server.engine.threads import sparing_threads
 
 _CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len")
 _MOST_TOKENS = 2**62  # where nothing bounds them
@@ -105,7 +106,8 @@ class ServedModel:
         column = torch.tensor(token_ids, device=self.device)
         if self.lean is None:
             return self.logits(column.unsqueeze(-1), mask, keep=1, cache=cache)[:, -1]
-        return self.lean.logits(column, torch.tensor(positions, device=self.device), mask, cache)
+        with sparing_threads():
+            return self.lean.logits(column, torch.tensor(positions), mask, cache)
 
     def _probed_cache_bytes(self, tokens: int) -> int:
         cache = caches.new_cache(self.module.config, growing=False)

@@ -182,7 +182,7 @@ def test_production_starts_trains_and_stops_as_its_manifests_say(
 def test_the_ranks_of_a_jobset_train_together_and_end_with_the_trainers_own_code(
     start_pods: Callable[[list[Resource]], Started], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several = start_pods(with_components(tmp_path / "made", "multi-node"))
+    several = start_pods(with_components(tmp_path / "made", "model-cache", "multi-node"))
     settings = trainer_settings(several, "leader", monkeypatch)
     write_inputs(several, settings)
     two = {**SMALL, "WORLD_SIZE": "2", "RLHF_TRAINER_PROCESSES": "2"}

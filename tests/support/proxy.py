@@ -54,9 +54,12 @@ class Proxy:
     def cut(self) -> int:
         """Reset every connection (RST); returns how many pairs there were. New ones are forwarded."""
         cut = list(self._sockets)
+        # All of them before the first ends: that closes its pair, which would say goodbye.
         for each in cut:
             with contextlib.suppress(OSError):
                 each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        for each in cut:
+            with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RD)
         return len(cut) // 2
 

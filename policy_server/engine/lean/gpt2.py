@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from transformers.cache_utils import Cache
 
 from policy_server.engine.activations import gelu
-from policy_server.engine.lean.parts import StepAttention, filled
+from policy_server.engine.lean.parts import StepAttention, filled, product
 
 
 class LeanGpt2:
@@ -22,7 +22,7 @@ class LeanGpt2:
         self._positions = module.transformer.wpe.weight
         self._blocks = [_Block(block) for block in module.transformer.h]
         self._norm = module.transformer.ln_f
-        self._head = module.lm_head.forward
+        self._head = product(module.lm_head)
         self._heads = module.config.n_head
 
     def logits(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
@@ -31,8 +31,7 @@ class LeanGpt2:
         hidden = F.embedding(filled(token_ids), self._tokens) + F.embedding(filled(positions), self._positions)
         for layer, block in enumerate(self._blocks):
             hidden = block.forward(hidden, layer, attention)
-        logits: Tensor = self._head(_normed(hidden, self._norm))
-        return logits[: len(token_ids)]
+        return self._head(_normed(hidden, self._norm))[: len(token_ids)]
 
 
 class _Block:
@@ -40,15 +39,14 @@ class _Block:
         attn, mlp = block.attn, block.mlp
         self._norms = (block.ln_1, block.ln_2)
         self._heads, self._width, self._scaling = attn.num_heads, attn.head_dim, attn.scaling
-        self._query_key_value, self._out = attn.c_attn.forward, attn.c_proj.forward
-        self._up, self._down = mlp.c_fc.forward, mlp.c_proj.forward
+        self._query_key_value, self._out = product(attn.c_attn), product(attn.c_proj)
+        self._up, self._down = product(mlp.c_fc), product(mlp.c_proj)
 
     def forward(self, hidden: Tensor, layer: int, attention: StepAttention) -> Tensor:
         mixed = self._query_key_value(_normed(hidden, self._norms[0]))
         query, key, value = mixed.view(len(hidden), 3, self._heads, self._width).unbind(1)
         hidden = hidden + self._out(attention.attend(layer, query, key, value, self._scaling))
-        out: Tensor = hidden + self._down(gelu(self._up(_normed(hidden, self._norms[1]))))
-        return out
+        return hidden + self._down(gelu(self._up(_normed(hidden, self._norms[1]))))
 
 
 def _normed(hidden: Tensor, norm: nn.LayerNorm) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from policy_server.engine.lean.parts import StepAttention, filled
+from policy_server.engine.lean.parts import StepAttention, filled, product
 
 
 class LeanLlama:
@@ -22,7 +22,7 @@ class LeanLlama:
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._blocks = [_Block(layer, self._heads, self._key_heads) for layer in model.layers]
         self._norm = model.norm
-        self._head = module.lm_head.forward
+        self._head = product(module.lm_head)
 
     def logits(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """See LeanForward."""
@@ -31,8 +31,7 @@ class LeanLlama:
         cosines, sines = self._rotations(hidden, filled(positions).unsqueeze(-1))  # [filled rows, 1, width]
         for layer, block in enumerate(self._blocks):
             hidden = block.forward(hidden, layer, attention, cosines, sines)
-        logits: Tensor = self._head(_normed(hidden, self._norm))
-        return logits[: len(token_ids)]
+        return self._head(_normed(hidden, self._norm))[: len(token_ids)]
 
 
 class _Block:
@@ -40,10 +39,10 @@ class _Block:
         attn, mlp = layer.self_attn, layer.mlp
         self._norms = (layer.input_layernorm, layer.post_attention_layernorm)
         self._heads, self._key_heads, self._scaling = heads, key_heads, attn.scaling
-        self._query, self._key, self._value = attn.q_proj.forward, attn.k_proj.forward, attn.v_proj.forward
+        self._query, self._key, self._value = product(attn.q_proj), product(attn.k_proj), product(attn.v_proj)
         self._query_norm, self._key_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
-        self._out = attn.o_proj.forward
-        self._gate, self._up, self._down = mlp.gate_proj.forward, mlp.up_proj.forward, mlp.down_proj.forward
+        self._out = product(attn.o_proj)
+        self._gate, self._up, self._down = product(mlp.gate_proj), product(mlp.up_proj), product(mlp.down_proj)
 
     def forward(self, hidden: Tensor, layer: int, attention: StepAttention, cosines: Tensor, sines: Tensor) -> Tensor:
         rows, normed = len(hidden), _normed(hidden, self._norms[0])
@@ -55,8 +54,7 @@ class _Block:
         query, key = _rotated(query, cosines, sines), _rotated(key, cosines, sines)
         hidden = hidden + self._out(attention.attend(layer, query, key, value, self._scaling))
         normed = _normed(hidden, self._norms[1])
-        out: Tensor = hidden + self._down(F.silu(self._gate(normed)).mul_(self._up(normed)))
-        return out
+        return hidden + self._down(F.silu(self._gate(normed)).mul_(self._up(normed)))
 
 
 def _normed(hidden: Tensor, norm: Any) -> Tensor:

@@ -1,15 +1,17 @@
-"""What the written-out forwards have in common: attention of one query per row."""
+"""What the written-out forwards have in common: attention of one query per row, and products on all threads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from policy_server.engine.cache import GrowingLayer
+from policy_server.engine.threads import waking_for
 
 
 def filled(per_row: Tensor) -> Tensor:
@@ -22,8 +24,20 @@ def filled(per_row: Tensor) -> Tensor:
     return F.pad(per_row, (0, missing)) if missing else per_row
 
 
+def product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The forward that a linear layer has now, of inputs [filled rows, in]."""
+    forward: Callable[[Tensor], Tensor] = layer.forward
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+
+    def multiplied(inputs: Tensor) -> Tensor:
+        with waking_for(len(inputs) * weights):
+            return forward(inputs)
+
+    return multiplied
+
+
 class LeanForward(Protocol):
-    """One decode step."""
+    """One decode step, which `ServedModel` runs within `sparing_threads`."""
 
     def logits(self, token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Append a token to each row of the cache, and return the logits of what follows: [rows, vocab].
@@ -57,11 +71,12 @@ class StepAttention:
         # Queries that share a key head are one matrix.
         group = (rows * self._key_heads, self._heads // self._key_heads, -1)
         queries = query[:rows].reshape(group)
-        if group[1] == 1:  # the same memory either way round, and the other way takes a sixth longer
-            weights = torch.baddbmm(self._bias.mT, keys, queries.mT, alpha=scaling).mT
-        else:
-            weights = torch.baddbmm(self._bias, queries, keys.mT, alpha=scaling)
         if self._attended is None:
             self._attended = values.new_zeros(len(query), self._heads * values.shape[-1])
-        torch.bmm(torch.softmax(weights, dim=-1), values, out=self._attended[:rows].view(group))
+        with waking_for(queries.numel() * keys.shape[-2]):
+            if group[1] == 1:  # the same memory either way round, and the other way takes a sixth longer
+                weights = torch.baddbmm(self._bias.mT, keys, queries.mT, alpha=scaling).mT
+            else:
+                weights = torch.baddbmm(self._bias, queries, keys.mT, alpha=scaling)
+            torch.bmm(torch.softmax(weights, dim=-1), values, out=self._attended[:rows].view(group))
         return self._attended
