@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,9 +64,9 @@ class Started:
         pod, sandbox = self.pods[name], self.sandbox(name)
         for first in pod.spec.get("initContainers", ()):
             sandbox.write_config_maps(pod, first)
-            command = sandbox.arguments(pod, first)
-            assert command.pop(0) == "python"
-            subprocess.run([sys.executable, *command], env=sandbox.environment(pod, first), check=True, timeout=60)
+            program, *arguments = sandbox.arguments(pod, first)
+            command = [sys.executable if program == "python" else program, *arguments]
+            subprocess.run(command, env={**os.environ, **sandbox.environment(pod, first)}, check=True, timeout=60)
         container = self.container(name)
         sandbox.write_config_maps(pod, container)
         own = self.folder / "processes" / name
