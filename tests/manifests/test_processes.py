@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from tests.manifests.containers import Sandbox, pods
 from tests.manifests.kustomize import Resource, of_kind, overlay, with_components
-from tests.manifests.test_settings import settings_of
+from tests.manifests.test_settings import behind_module, settings_of
 from tests.support.certificates import Authority
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, health_of, wait_for
@@ -63,16 +64,16 @@ class Started:
         pod, sandbox = self.pods[name], self.sandbox(name)
         for first in pod.spec.get("initContainers", ()):
             sandbox.write_config_maps(pod, first)
-            command = sandbox.arguments(pod, first)
-            assert command.pop(0) == "python"
-            subprocess.run([sys.executable, *command], env=sandbox.environment(pod, first), check=True, timeout=60)
+            program, *arguments = sandbox.arguments(pod, first)
+            command = [sys.executable if program == "python" else program, *arguments]
+            subprocess.run(command, env={**os.environ, **sandbox.environment(pod, first)}, check=True, timeout=60)
         container = self.container(name)
         sandbox.write_config_maps(pod, container)
         own = self.folder / "processes" / name
         own.mkdir(parents=True)
         environment = {**sandbox.environment(pod, container), **more}
         self.processes[name] = ProcessUnderTest(
-            MODULES[container["name"]], sandbox.arguments(pod, container), own, env=environment
+            MODULES[container["name"]], behind_module(sandbox.arguments(pod, container)), own, env=environment
         )
         return self.processes[name]
 

@@ -39,7 +39,12 @@ def settings_of(
     for name, value in sandbox.environment(pod, container).items():
         patch.setenv(name, value)
     name = container["name"]
-    return load_settings(SETTINGS[name], sandbox.arguments(pod, container), prog=name)
+    return load_settings(SETTINGS[name], behind_module(sandbox.arguments(pod, container)), prog=name)
+
+
+def behind_module(arguments: list[str]) -> list[str]:
+    """The process's own arguments: without `python -m module`, which otherwise is the image's entry point."""
+    return arguments[3:] if arguments[:2] == ["python", "-m"] else arguments
 
 
 def test_settings_ports_and_paths_are_those_of_the_process(
