@@ -151,10 +151,11 @@ def trainer_settings(started: Started, name: str, monkeypatch: pytest.MonkeyPatc
 
 def wait_for_a_step(settings: TrainerSettings) -> None:
     steps = settings.run_dir / "metrics.jsonl"
-    wait_for(lambda: steps.exists() and '"kind": "step"' in steps.read_text(), within=120, what="step")
+    wait_for(lambda: steps.exists() and '"kind": "step"' in steps.read_text(), within=240, what="step")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_production_starts_trains_and_stops_as_its_manifests_say(
     start_pods: Callable[[list[Resource]], Started], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +181,7 @@ def test_production_starts_trains_and_stops_as_its_manifests_say(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_ranks_of_a_jobset_train_together_and_end_with_the_trainers_own_code(
     start_pods: Callable[[list[Resource]], Started], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +193,8 @@ def test_the_ranks_of_a_jobset_train_together_and_end_with_the_trainers_own_code
     several.start("policy")
     several.start("reward")
     ranks = [several.start(name, **two, RANK=str(rank)) for rank, name in enumerate(("leader", "followers"))]
-    several.wait("leader", "liveness")
     wait_for_a_step(settings)
+    assert several.answers("leader", "liveness")
     ranks[0].signal(signal.SIGTERM)
 
     assert [rank.wait_exit() for rank in ranks] == [143, 143], ranks[1].log_text()[-4000:]
