@@ -10,9 +10,10 @@ import pytest
 
 from policy_server.settings import PolicySettings
 from reward_server.settings import RewardSettings
-from rlhf.config import ProcessSettings, ServerSettings, load_settings
+from rlhf.config import ProcessSettings, load_settings
+from rlhf.security.settings import SecuredServerSettings
 from tests.manifests.containers import Pod, Sandbox, pods
-from tests.manifests.kustomize import COMPONENTS, OVERLAYS, Resource, overlay, with_components
+from tests.manifests.kustomize import COMPONENTS, OVERLAYS, Resource, of_kind, overlay, with_components
 from trainer.settings import TrainerSettings
 
 SETTINGS: dict[str, type[ProcessSettings]] = {
@@ -62,10 +63,14 @@ def test_settings_ports_and_paths_are_those_of_the_process(
             if ports:
                 assert ports.pop("metrics") == settings.metrics_port, pod.owner
                 assert settings.metrics_host == "0.0.0.0", pod.owner
-            if isinstance(settings, ServerSettings):
+            if isinstance(settings, SecuredServerSettings):
+                # Where there are certificates nobody is let in without one.
+                guarded = settings.tls_client_ca is not None and settings.access_file is not None
+                assert guarded is not settings.insecure, pod.owner
+                assert guarded is bool(of_kind(resources, "Certificate")), pod.owner
                 assert f"0.0.0.0:{ports.pop('grpc')}" == settings.listen, pod.owner
                 health = ports.pop("health", None)
-                assert getattr(settings, "health_listen", None) == (health and f"0.0.0.0:{health}"), pod.owner
+                assert settings.health_listen == (health and f"0.0.0.0:{health}"), pod.owner
             mounted = tuple(str(mount) for mount in Sandbox(resources, tmp_path).mounts(pod, container).values())
             paths = [str(value) for value in settings.model_dump().values() if str(value).startswith("/")]
             assert [path for path in paths if not path.startswith(mounted)] == [], pod.owner
