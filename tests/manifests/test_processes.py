@@ -45,8 +45,9 @@ class Started:
         self.resources = resources
         self.folder = folder
         self.pods = {pod.owner.rpartition("/")[2]: pod for pod in pods(resources)}
-        # Every pod has an address of its own, so the ports can be those of the manifests.
-        self.addresses = {name: f"127.81.0.{number}" for number, name in enumerate(self.pods, 1)}
+        # Every pod has an address of its own, which no other test has, so the ports can be those of the manifests.
+        network = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}"
+        self.addresses = {name: f"{network}.{number}" for number, name in enumerate(self.pods, 1)}
         self.processes: dict[str, ProcessUnderTest] = {}
 
     def sandbox(self, name: str) -> Sandbox:
