@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 EXAMPLES ?= go rust typescript java cpp python
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rlhf-services/cargo
 
-.PHONY: help setup demo test test-all examples check protos monitoring bench constraints clean
+.PHONY: help setup demo test test-all examples check check-k8s protos monitoring bench constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,14 @@ check: $(READY) ## Lint, format, types, contract lint, and drift of what is made
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/protos.py --breaking
 	$(BIN)/python scripts/monitoring.py --check
+
+# checkov brings a hundred packages: it gets an environment of its own.
+CHECKOV := checkov==3.3.30
+
+check-k8s: $(READY) ## Lint what k8s/ renders to with checkov; tests/manifests hold it to everything else
+	rm -rf build/manifests
+	$(BIN)/python -m tests.manifests.kustomize build/manifests
+	$(BIN)/uv tool run $(CHECKOV) --config-file k8s/checkov.yaml --directory build/manifests
 
 protos: $(READY) ## Regenerate the committed stubs from protos/
 	$(BIN)/buf format protos --write

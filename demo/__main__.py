@@ -18,14 +18,12 @@ import yaml
 from rich.console import Console
 
 from demo.corpus import CorpusError, load_reviews
-from demo.data import split_reviews, write_prompts
+from demo.data import EVALUATION_PROMPTS, HELD_OUT_REVIEWS, split_reviews, write_prompts
 from demo.processes import Child, Endpoint, ProcessDiedError, first_to_end, stop_all
 from demo.report import Report, ReportError, print_report, write_report
 from demo.rewards import RewardError, RewardPlan, needs_ratings, plan_reward
 
 _HERE = Path(__file__).parent
-_HELD_OUT_REVIEWS = 400
-_EVALUATION_PROMPTS = 128
 _SILENCE_SECONDS = 20.0
 """After so long a start it is said what is waited for."""
 _GRACE_SECONDS = 15.0
@@ -100,9 +98,9 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> Plan:
     if model is None or data is None or needs_ratings(arguments.reward, arguments.reward_options):
         reviews = load_reviews(arguments.cache)
         console.print(f"Corpus: {len(reviews):,} film-review snippets")
-        split = split_reviews(reviews, held_out=_HELD_OUT_REVIEWS)
+        split = split_reviews(reviews, held_out=HELD_OUT_REVIEWS)
         if data is None:
-            files = write_prompts(arguments.cache, split, evaluation_prompts=_EVALUATION_PROMPTS)
+            files = write_prompts(arguments.cache, split, evaluation_prompts=EVALUATION_PROMPTS)
             data, eval_data = str(files.train), str(files.evaluation)
         if model is None:
             # Importing torch takes seconds that a run with a model of one's own need not spend.

@@ -10,6 +10,10 @@ from pathlib import Path
 
 from demo.corpus import Review, write_atomically
 
+HELD_OUT_REVIEWS = 400
+"""Of the demo: so many neither its model nor PPO sees."""
+EVALUATION_PROMPTS = 128
+
 _SHORTEST, _LONGEST = 4, 6
 _FEWEST_WORDS_LEFT = 4
 

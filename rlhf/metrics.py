@@ -1,15 +1,20 @@
-"""The metrics of every gRPC server, under the names that dashboards know, and the HTTP endpoint that shows them."""
+"""The metrics of every gRPC server, under the names that dashboards know, and the HTTP endpoint that shows them.
+
+A process without a gRPC server has its liveness there too.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 from wsgiref.simple_server import WSGIServer
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import grpc
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -128,12 +133,33 @@ class MetricsEndpoint:
         self._thread.join()
 
 
+class Pulse:
+    """Whether an event loop turns."""
+
+    def __init__(self, *, limit: float = 60.0) -> None:
+        """`limit`: after so many seconds without a turn it is taken for dead. It has so long to begin, too."""
+        self._limit = limit
+        self._last = time.monotonic()
+
+    def begin(self) -> None:
+        """Beat from now on, as long as the running loop turns."""
+        self._last = time.monotonic()
+        asyncio.get_running_loop().call_later(1.0, self.begin)
+
+    def beats(self) -> bool:
+        """From any thread."""
+        return time.monotonic() - self._last < self._limit
+
+
 def serve_metrics(
-    port: int | Literal["auto"], registry: CollectorRegistry = REGISTRY, host: str = DEFAULT_METRICS_HOST
+    port: int | Literal["auto"],
+    registry: CollectorRegistry = REGISTRY,
+    host: str = DEFAULT_METRICS_HOST,
+    pulse: Pulse | None = None,
 ) -> MetricsEndpoint | None:
     """Serve the registry at http://host:port/metrics; port "auto" = the OS picks one, 0 = off, and None is returned.
 
-    Raises OSError naming the address when it is taken.
+    With a pulse, /livez answers 200 while it beats, else 503. Raises OSError naming the address when it is taken.
     """
     if port == 0:
         return None
@@ -141,4 +167,18 @@ def serve_metrics(
         server, thread = start_http_server(0 if port == "auto" else port, addr=host, registry=registry)
     except OSError as error:
         raise OSError(error.errno, f"can't serve metrics on {host}:{port}: {error.strerror or error}") from error
+    exposition = server.get_app()
+    if pulse is not None and exposition is not None:
+        server.set_app(_with_livez(exposition, pulse))
     return MetricsEndpoint(host, server, thread)
+
+
+def _with_livez(others: WSGIApplication, pulse: Pulse) -> WSGIApplication:
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "/livez":
+            return others(environ, start_response)
+        alive = pulse.beats()
+        start_response("200 OK" if alive else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if alive else b"the event loop stands still\n"]
+
+    return answer

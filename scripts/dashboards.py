@@ -342,6 +342,17 @@ REWARDS = Dashboard(
                     [(mean("rlhf_reward_batch_samples", _T, by="kind, component"), "{{kind}} {{component}}")],
                 ),
                 Panel(
+                    "Samples that the trainer waits for",
+                    [
+                        (
+                            "max(rlhf_trainer_pending_samples * on (namespace, job, instance) "
+                            'group_left () rlhf_trainer_run_info{run_id="$run"})',
+                            "pending",
+                        )
+                    ],
+                    description="Without a final reward, evaluations included; what KEDA scales reward servers by.",
+                ),
+                Panel(
                     "Samples that wait or run",
                     [
                         (f"sum by (kind, component) (rlhf_reward_queue_samples{{{_T}}})", "{{kind}} {{component}}"),

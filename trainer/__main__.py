@@ -20,7 +20,7 @@ from rlhf.endpoint import write_endpoint_file
 from rlhf.extras import brought_by
 from rlhf.failures import RpcFailure
 from rlhf.logs import configure_logging, get_logger
-from rlhf.metrics import serve_metrics
+from rlhf.metrics import Pulse, serve_metrics
 from rlhf.tracing import exporting
 from trainer.settings import TrainerSettings
 
@@ -57,15 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(report)
             return code
         metrics = TrainerMetrics()
+        pulse = Pulse()
         waits = WaitBoard(metrics)
         live = wants_live_display(settings.log_format)
         with (
             lock_run_folder(settings.run_dir),
-            _metrics_endpoint(settings),
+            _metrics_endpoint(settings, pulse),
             exporting(settings.otlp_endpoint, service="rlhf-trainer"),
             Progress(steps=settings.steps, waits=waits, live=live) as progress,
         ):
-            code = asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits, ranks=ranks))
+            code = asyncio.run(run(settings, metrics=metrics, progress=progress, waits=waits, ranks=ranks, pulse=pulse))
     except REFUSALS as error:
         _log.error(str(error))
         code = EX_CONFIG
@@ -83,9 +84,9 @@ class _MetricsPortError(Exception):
 
 
 @contextlib.contextmanager
-def _metrics_endpoint(settings: TrainerSettings) -> Iterator[None]:
+def _metrics_endpoint(settings: TrainerSettings, pulse: Pulse) -> Iterator[None]:
     try:
-        endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host)
+        endpoint = serve_metrics(settings.metrics_port, host=settings.metrics_host, pulse=pulse)
     except OSError as error:
         raise _MetricsPortError(error.strerror) from error
     try:

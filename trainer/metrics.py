@@ -61,6 +61,11 @@ class TrainerMetrics:
         )
         for on in ("policy", "reward"):
             self.waiting.labels(on=on).set(0)
+        self._pending_samples = Gauge(
+            "rlhf_trainer_pending_samples",
+            "Samples whose reward is asked for and not final yet: in line, in a call, or PENDING.",
+            registry=registry,
+        )
         self.generated_tokens = Counter(
             "rlhf_trainer_generated_tokens",
             "Completion tokens received in steps, of dropped samples too; evaluations are left out.",
@@ -139,6 +144,10 @@ class TrainerMetrics:
         self._logprob_gap_limit.set(logprob_gap_limit)
         self._run_dir_free.set_function(lambda: _disk(folder)[1])
         self._run_dir_size.set_function(lambda: _disk(folder)[0])
+
+    def watch_rewards(self, pending: Callable[[], int]) -> None:
+        """Every scrape asks how many samples wait for their reward."""
+        self._pending_samples.set_function(pending)
 
     def finish(self, seen: Callable[[], object]) -> None:
         """Say that the run is over; `seen` is called, on a thread of the endpoint's, by every scrape that tells so."""

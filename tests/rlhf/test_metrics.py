@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+import time
+import urllib.error
 import urllib.request
 
 import grpc
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from rlhf.metrics import GrpcServerMetrics, MethodName, serve_metrics
+from rlhf.metrics import GrpcServerMetrics, MethodName, Pulse, serve_metrics
 
 NAME = MethodName("UNARY", "a.Service", "Method")
 
@@ -24,6 +27,27 @@ def test_a_metrics_endpoint_serves_its_registry_until_closed() -> None:
     endpoint.close()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(endpoint.url, timeout=5)
+
+
+def livez(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url.replace("/metrics", "/livez"), timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+async def test_livez_fails_when_the_event_loop_stands_still_and_not_when_it_waits() -> None:
+    pulse = Pulse(limit=1.5)
+    endpoint = serve_metrics("auto", CollectorRegistry(), pulse=pulse)
+    assert endpoint is not None
+    pulse.begin()
+
+    await asyncio.sleep(1.6)  # longer than the limit, in which the loop turned
+    assert await asyncio.to_thread(livez, endpoint.url) == 200
+    time.sleep(1.6)  # noqa: ASYNC251 - the loop is to stand still
+    assert livez(endpoint.url) == 503
+    await asyncio.to_thread(endpoint.close)
 
 
 def test_port_0_is_off() -> None:

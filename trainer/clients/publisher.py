@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ class WeightPublisher:
         self._stub: Any = weights_pb2_grpc.WeightsServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._published: _Published | None = None
         self._instance: str | None = None
+        self._writer = uuid.uuid4().hex
         self._unexplained = 0
         self._one_at_a_time = asyncio.Lock()
 
@@ -160,8 +162,8 @@ class WeightPublisher:
         frozen: names of those that are the same in every version of this run and incarnation, and so are sent once to a
         server that keeps running.
 
-        Raises PublishError when the server holds newer weights of this run (another trainer) or can't take weights of
-        these names and shapes, and RpcFailure for what else is final (room).
+        Raises PublishError when the server holds newer weights of this run, or these from another trainer, or can't
+        take weights of these names and shapes, and RpcFailure for what else is final (room).
         """
         published = _Published(tuple((name, tensor.detach()) for name, tensor in tensors), weights, frozen)
         async with self._one_at_a_time:
@@ -246,7 +248,13 @@ class WeightPublisher:
     ) -> bool:
         live, ours = WeightsVersion.from_proto(state.live), published.weights
         if live == ours:
-            return True
+            if state.state == weights_pb2.UPDATE_STATE_APPLIED:
+                return True
+            # Two folders begin with the same incarnation: these may be other weights of the same name.
+            raise TakenOverError(
+                f"policy server {self.target} holds {live}, which this trainer did not publish: another trainer has "
+                "the same run id and another folder, so this one stops; give it a run id of its own"
+            )
         if live.is_after(ours):
             raise TakenOverError(
                 f"policy server {self.target} holds {live}, this trainer has {ours}: another trainer of this run is "
@@ -322,7 +330,7 @@ class WeightPublisher:
             ) from failure
 
     def _update_id(self, weights: WeightsVersion) -> str:
-        return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}"
+        return f"{weights.run_id}/{weights.incarnation}/{weights.version}/{self._instance}/{self._writer}"
 
 
 def _is_unseen(failure: RpcFailure) -> bool:

@@ -143,7 +143,13 @@ class RewardClient:
         self._calls: dict[asyncio.Task[None], list[_Job]] = {}
         self._later: set[asyncio.TimerHandle] = set()
         self._sending_soon = False
+        self._pending = 0
         self._jitter = random.Random()
+
+    @property
+    def pending(self) -> int:
+        """Samples without a final outcome: in line, in a call, or PENDING."""
+        return self._pending
 
     async def pin(self, version: str | None = None) -> RewardInfo:
         """Ask what the server is, and hold it to `version` (None = what it is now) from here on.
@@ -180,7 +186,11 @@ class RewardClient:
         job.result.add_done_callback(self._end_idle_calls)
         self._queue.append(job)
         self._send_soon()
-        return await job.result
+        self._pending += 1
+        try:
+            return await job.result
+        finally:
+            self._pending -= 1
 
     async def abandon(self) -> None:
         """Cancel every call and forget the samples; nothing is lost, since asking again gives the same answer."""

@@ -12,6 +12,7 @@ import yaml
 
 from rlhf.config import ProcessSettings, to_yaml
 from rlhf.logs import bound_context, get_logger
+from rlhf.metrics import Pulse
 from trainer.learning.ranks import ALONE, Ranks
 from trainer.metrics import TrainerMetrics
 from trainer.run.checkpoints import RunState, load_learner_state
@@ -50,6 +51,7 @@ async def run(
     metrics: TrainerMetrics,
     progress: Progress,
     waits: WaitBoard,
+    pulse: Pulse,
     ranks: Ranks = ALONE,
 ) -> int:
     """One start of a run, until it is finished or stopped, led by this process; returns the exit code.
@@ -58,6 +60,7 @@ async def run(
     """
     stop = StopSignal()
     stop.listen()
+    pulse.begin()
     start = find_start(settings)
     if start.stored is not None and start.finished:
         _log.info("the run is finished already", steps=start.stored.completed_step, model=str(model_folder(settings)))
@@ -84,7 +87,9 @@ async def run(
             async with contextlib.aclosing(journal):
                 with _parts(settings, state, resumed_step, preflight, servers, journal, metrics, progress) as parts:
                     if start.checkpoint is not None:
-                        parts.learner.load_state_dict(load_learner_state(start.checkpoint))
+                        # Gigabytes: the loop turns meanwhile.
+                        learned = await asyncio.to_thread(load_learner_state, start.checkpoint)
+                        parts.learner.load_state_dict(learned)
                     metrics.describe_run(
                         identity.run_id,
                         settings.run_dir,

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate.accelerator import Accelerator
 
-from trainer.learning.control import Control
+from trainer.learning.control import Control, RanksLostError
 from trainer.learning.ranks import ALONE, Ranks
 from trainer.run.loading import SettingsError
 from trainer.settings import MixedPrecision, Sharding, TrainerSettings
@@ -24,7 +24,8 @@ _ASKED_OF_ACCELERATE = {
 def join_ranks(settings: TrainerSettings) -> Ranks:
     """Connect with the processes that the launcher started beside this one; rank 0 leads them.
 
-    Raises SettingsError when what was asked for, here or of the launcher, is not what is in effect.
+    Raises SettingsError when what was asked for, here or of the launcher, is not what is in effect, RanksLostError when
+    the others did not come in time.
     """
     for variable, instead in _ASKED_OF_ACCELERATE.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
@@ -40,6 +41,8 @@ def join_ranks(settings: TrainerSettings) -> Ranks:
         # Without `cpu` accelerate would let every process train for itself where there is no accelerator.
         try:
             count = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available()).num_processes
+        except dist.DistError as error:
+            raise RanksLostError(f"WORLD_SIZE is {world}, but the processes did not come together: {error}") from error
         except (ValueError, RuntimeError) as error:
             raise SettingsError(
                 f"WORLD_SIZE is {world}, but the processes can't connect ({error}): start all of them by accelerate "

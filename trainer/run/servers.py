@@ -65,6 +65,7 @@ class Servers:
             watch=watch("reward"),
             security=settings.reward_security(),
         )
+        metrics.watch_rewards(lambda: self.rewards.pending)
 
     async def reach(self) -> None:
         """Until a policy server can be asked: `policy` and `publisher` are of that one.

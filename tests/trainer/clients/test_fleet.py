@@ -314,7 +314,7 @@ async def test_reference_numbers_of_a_server_that_was_restarted_meanwhile_are_as
             self, request: policy_pb2.LogProbsRequest, context: grpc.aio.ServicerContext
         ) -> policy_pb2.LogProbsResponse:
             answer = await super().LogProbs(request, context)
-            server.weights.instance = "second"
+            server.weights.instance, server.weights.live = "second", policy_pb2.WeightsVersion()
             self.logprob = -2.0
             return answer
 

@@ -127,6 +127,21 @@ async def test_an_answer_that_the_stream_ran_over_is_asked_for_again() -> None:
     assert WeightsVersion.from_proto(server.live) == version(1)
 
 
+async def test_two_trainers_of_one_run_in_two_folders_cannot_both_publish() -> None:
+    server = MemoryWeights()
+    async with publisher_to(server) as first:
+        second = WeightPublisher(first.target, retry=FAST, timeout=10.0)
+        await first.publish(TENSORS, version(0))
+
+        with pytest.raises(PublishError, match="another trainer has the same run id"):
+            await second.publish(TENSORS, version(0))
+        await second.close()
+        await first.ensure()
+        await first.publish(TENSORS, version(1))
+
+    assert len(server.updates) == 2
+
+
 async def test_a_server_that_never_gets_further_than_internal_stops_the_run() -> None:
     server = MemoryWeights()
     server.fail_after_begin = [grpc.StatusCode.INTERNAL] * 100

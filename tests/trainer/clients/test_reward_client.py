@@ -279,6 +279,27 @@ async def test_a_server_that_comes_back_as_another_reward_stops_the_run() -> Non
     assert len(server.calls) == 1
 
 
+async def test_a_sample_counts_as_pending_until_it_is_scored_whatever_the_server_says_before() -> None:
+    def later(request: reward_pb2.ScoreRequest) -> reward_pb2.ScoreResponse:
+        pending = reward_pb2.Pending(retry_after=Duration(nanos=1))
+        return reward_pb2.ScoreResponse(
+            results=[reward_pb2.SampleResult(sample_id=request.samples[0].sample_id, pending=pending)]
+        )
+
+    server = ScriptedReward(grpc.StatusCode.UNAVAILABLE, later, scored)
+    seen: list[int] = []
+
+    class Looking(Watch):
+        def waiting(self, call: object, waiting: Waiting) -> None:
+            seen.append(client.pending)
+
+    async with client_of(server, watch=Looking()) as client:
+        before = client.pending
+        await client.score(sample(0))
+
+        assert (before, set(seen), len(seen), client.pending) == (0, {1}, 2, 0)
+
+
 async def test_abandoned_samples_leave_nothing_running() -> None:
     server = ScriptedReward(grpc.StatusCode.UNAVAILABLE)
     watch = Watch()

@@ -11,6 +11,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from rlhf.config import read_settings
+from rlhf.metrics import Pulse
 from trainer.metrics import TrainerMetrics
 from trainer.run.assembly import run
 from trainer.run.checkpoints import CheckpointStore, Pins, RunState, save_model
@@ -45,7 +46,8 @@ async def resume(folder: Path, *, steps: int, **values: Any) -> int:
     )
     metrics = TrainerMetrics(CollectorRegistry())
     waits = WaitBoard(metrics)
-    return await run(settings, metrics=metrics, progress=Progress(steps=steps, waits=waits, live=False), waits=waits)
+    progress = Progress(steps=steps, waits=waits, live=False)
+    return await run(settings, metrics=metrics, progress=progress, waits=waits, pulse=Pulse())
 
 
 @pytest.mark.parametrize(("exported", "finished"), [(4, True), (2, False), (None, False)])

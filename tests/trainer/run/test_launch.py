@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from accelerate.state import AcceleratorState
+from torch.distributed import distributed_c10d
 
 from rlhf.config import read_settings
+from trainer.learning.control import RanksLostError
 from trainer.learning.ranks import ALONE
 from trainer.run.launch import join_ranks
 from trainer.run.loading import SettingsError
@@ -58,6 +62,18 @@ def test_what_would_not_be_in_effect_is_refused(
 
     with pytest.raises(SettingsError, match=reason):
         join_ranks(settings(**values))
+
+
+def test_processes_that_do_not_come_in_time_may_come_to_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed_c10d, "default_pg_timeout", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    follower = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for variable, value in follower.items():
+        monkeypatch.setenv(variable, value)
+
+    with pytest.raises(RanksLostError, match="did not come together"):
+        join_ranks(settings())
 
 
 def test_a_launcher_may_ask_for_the_precision_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
