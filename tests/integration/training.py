@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,15 @@ def assert_same_bits(world: World, run: str, other: str) -> None:
 
 def assert_accounted_once(world: World, run: str) -> None:
     """Every prompt drawn is in accounting.jsonl once, in the cursor's order, without a gap."""
-    places = [(line["epoch"], line["position"]) for line in world.lines(run, "accounting.jsonl")]
+    assert_drawn_once(world.lines(run, "accounting.jsonl"))
+
+
+def assert_drawn_once(accounting: Sequence[Mapping[str, Any]]) -> None:
+    """No prompt is accounted twice, none is left out, and they are in the cursor's order."""
+    places = [(line["epoch"], line["position"]) for line in accounting]
     assert len(set(places)) == len(places)
     assert places == sorted(places)
-    rows = len({line["row"] for line in world.lines(run, "accounting.jsonl") if line["epoch"] == 0})
+    rows = len({line["row"] for line in accounting if line["epoch"] == 0})
     in_first_pass = [position for epoch, position in places if epoch == 0]
     assert in_first_pass == list(range(len(in_first_pass)))
     assert rows == len(in_first_pass)

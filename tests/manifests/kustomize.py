@@ -24,6 +24,8 @@ COMPONENTS = sorted(
     (folder.parent.name for folder in (K8S / "components").glob("*/kustomization.yaml")),
     key=lambda name: (name == "multi-node", name),
 )
+TOGETHER = [name for name in COMPONENTS if name != "serve"]
+"""Components of one deployment: `serve` takes its trainer away."""
 
 Resource = dict[str, Any]
 
@@ -75,7 +77,7 @@ def main(folder: Path) -> None:
     for name in OVERLAYS:
         (folder / f"{name}.yaml").write_text(_text(K8S / "overlays" / name))
     with tempfile.TemporaryDirectory() as made:
-        everything = with_components(Path(made), *COMPONENTS, namespace="rlhf")
+        everything = with_components(Path(made), *TOGETHER, namespace="rlhf")
     (folder / "everything.yaml").write_text(yaml.safe_dump_all(everything))
 
 

@@ -68,14 +68,14 @@ def _custom_schemas() -> Mapping[tuple[str, str], Any]:
     return {
         (f"{spec['group']}/{version['name']}", spec["names"]["kind"]): _strict(version["schema"]["openAPIV3Schema"])
         for module, (path, names) in _DEFINITIONS.items()
-        for folder in [_source_of(module)]
+        for folder in [source_of(module)]
         for name in names
         for spec in [yaml.load((folder / path.format(name)).read_text(), yaml.CSafeLoader)["spec"]]
         for version in spec["versions"]
     }
 
 
-def _source_of(module: str) -> Path:
+def source_of(module: str) -> Path:
     """Where Go keeps the module, downloaded if it is not there yet."""
     go = required(shutil.which("go"), "golang")
     # Outside any module, so that no go.mod matters.

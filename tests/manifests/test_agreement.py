@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.manifests.containers import Pod, pods
-from tests.manifests.kustomize import COMPONENTS, OVERLAYS, Resource, of_kind, overlay, with_components
+from tests.manifests.kustomize import OVERLAYS, TOGETHER, Resource, of_kind, overlay, with_components
 from tests.support.processes import ROOT
 
 MADE_BY_HAND = {"postgres"}  # docs/kubernetes.md says how
@@ -19,7 +19,7 @@ MADE_BY_HAND = {"postgres"}  # docs/kubernetes.md says how
 def resources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Resource]:
     if request.param != "everything":
         return overlay(request.param)
-    return with_components(tmp_path_factory.mktemp("everything"), *COMPONENTS, namespace="rlhf")
+    return with_components(tmp_path_factory.mktemp("everything"), *TOGETHER, namespace="rlhf")
 
 
 def names(resources: list[Resource], kind: str) -> set[str]:
@@ -125,7 +125,7 @@ def test_what_names_a_namespace_names_the_one_that_it_is_in(resources: list[Reso
 def test_an_operator_names_the_image_of_all_containers_in_one_place(tmp_path: Path) -> None:
     mine = {"name": "rlhf/trainer", "newName": "registry.example/trainer", "newTag": "1"}
 
-    made = with_components(tmp_path, *COMPONENTS, images=[mine])
+    made = with_components(tmp_path, *TOGETHER, images=[mine])
 
     used = {container["image"] for pod in pods(made) for container in pod.containers}
     assert "registry.example/trainer:1" in used

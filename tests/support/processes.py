@@ -23,8 +23,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], *, within: float, what: str) -> T:
-    """The first true value of `condition()`; fails with `what` after `within` seconds."""
+def wait_for(condition: Callable[[], T], *, within: float, what: str, every: float = 0.02) -> T:
+    """The first true value of `condition()`, asked `every` so many seconds; fails with `what` after `within`."""
     deadline = time.monotonic() + within
     while True:
         value = condition()
@@ -32,7 +32,7 @@ def wait_for(condition: Callable[[], T], *, within: float, what: str) -> T:
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"no {what} within {within:g} s")
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 class ProcessUnderTest:
