@@ -123,3 +123,12 @@ def test_a_run_that_loses_each_of_its_pods_accounts_for_every_prompt_once(run: R
     assert_drawn_once(lines)
     assert len(lines) == 16 * steps
     assert {line["outcome"] for line in lines} == {"trained"}
+
+
+def test_settings_that_are_wrong_fail_the_job_at_once(run: Run) -> None:
+    run.apply(steps=0)
+
+    run.cluster.run("wait", "--for=condition=Failed", "--timeout=110s", "job/trainer")
+    status = json.loads(run.cluster.run("get", "job/trainer", "--output=json"))["status"]
+    assert status["failed"] == 1
+    assert {each.get("reason") for each in status["conditions"]} == {"PodFailurePolicy"}
