@@ -43,13 +43,14 @@ test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against
 	$(BIN)/uv pip install --quiet --python .venv-trl/bin/python -r $<
 	@touch $@
 
-examples: $(READY) $(EXAMPLES:%=example-%) ## Build the example reward servers, run their tests and the conformance kit (EXAMPLES="go rust …")
-	$(PYTEST) -m examples -k "$(foreach language,$(EXAMPLES),[$(language)] or) none"
+examples: $(READY) $(EXAMPLES:%=example-%) ## Build the example servers and clients, run their tests and the conformance kit (EXAMPLES="go rust …")
+	$(PYTEST) -m examples -k "$(foreach language,$(EXAMPLES),[$(language)] or) $(if $(filter go,$(EXAMPLES)),[grpcurl] or) none"
 
 # Each by the tools of its language; buf comes from the virtual environment.
 example-%: export PATH := $(CURDIR)/$(BIN):$(PATH)
 example-%: $(READY)
 	cd reward_server/examples/$* && $(BUILD_AND_TEST_$*)
+	$(if $(BUILD_CLIENT_$*),cd docs/clients/$* && $(BUILD_CLIENT_$*))
 
 BUILD_AND_TEST_go         = buf generate && go build -o bin/reward . && go vet . && go test .
 BUILD_AND_TEST_rust       = cargo build --release && cargo test --release
@@ -57,6 +58,9 @@ BUILD_AND_TEST_typescript = npm ci --no-audit --no-fund && npm run build && npm 
 BUILD_AND_TEST_java       = mvn -B -ntp -q package
 BUILD_AND_TEST_cpp        = cmake -S . -B build && cmake --build build -j$(JOBS) && ctest --test-dir build --output-on-failure
 BUILD_AND_TEST_python     = python -m pytest -q -p no:asyncio
+
+BUILD_CLIENT_go         = buf generate && go vet . && go build -o bin/ . github.com/fullstorydev/grpcurl/cmd/grpcurl
+BUILD_CLIENT_typescript = npm ci --no-audit --no-fund && npm run build
 
 check: $(READY) ## Lint, format, types, contract lint, and drift of what is made and committed
 	$(BIN)/ruff check .

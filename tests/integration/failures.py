@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +30,15 @@ class Judge:
         """Kill it and start it where it was."""
         self.server.kill()
         self.server = self._start(manner, listen=self.server.address)
+
+    def replace(self, allow: int) -> None:
+        """SIGTERM, let it answer `allow` samples, those that wait among them, and start another where it was."""
+        address = self.server.address
+        self.server.signal(signal.SIGTERM)
+        self.allow(allow)
+        assert self.server.wait_exit() == 0, self.server.log_text()[-4000:]
+        self._gate.with_suffix(".held").unlink()
+        self.server = self._start(Manner.WELL, listen=address)
 
     def allow(self, samples: int) -> None:
         """Answer so many of the samples that come from its start on; the others wait."""

@@ -39,9 +39,19 @@ class ProcessUnderTest:
     """`python -m module …` with its output in a file."""
 
     def __init__(
-        self, module: str, flags: Sequence[str], folder: Path, *, ranks: int = 1, env: dict[str, str] | None = None
+        self,
+        module: str,
+        flags: Sequence[str],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        env: dict[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> None:
-        """ranks: how many of it torchrun starts, as one world; what is asked and signalled here is torchrun."""
+        """ranks: how many of it torchrun starts, as one world; what is asked and signalled here is torchrun.
+
+        checkout: the folder of the sources that it runs.
+        """
         self.module = module
         launcher = (*TORCHRUN, str(ranks)) if ranks > 1 else ()
         self._endpoint_file = folder / "endpoint.json"
@@ -50,7 +60,7 @@ class ProcessUnderTest:
         with self._log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", module, *flags, "--endpoint-file", str(self._endpoint_file)],
-                cwd=ROOT,
+                cwd=checkout,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -171,12 +181,18 @@ def process_factory(folder: Path) -> Iterator[StartProcess]:
     started: list[ProcessUnderTest] = []
 
     def start(
-        module: str, *flags: str, listen: str | None = "127.0.0.1:0", ranks: int = 1, env: dict[str, str] | None = None
+        module: str,
+        *flags: str,
+        listen: str | None = "127.0.0.1:0",
+        ranks: int = 1,
+        env: dict[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> ProcessUnderTest:
         own = folder / f"{module.replace('.', '-')}-{len(started)}"
         own.mkdir(parents=True)
         address = ("--listen", listen) if listen is not None else ()
-        process = ProcessUnderTest(module, [*flags, *address, "--metrics-port", "auto"], own, ranks=ranks, env=env)
+        given = [*flags, *address, "--metrics-port", "auto"]
+        process = ProcessUnderTest(module, given, own, ranks=ranks, env=env, checkout=checkout)
         started.append(process)
         return process
 
