@@ -191,7 +191,7 @@ async def wait_until_ready(
     stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
     request = health_pb2.HealthCheckRequest(service=service)
     wait = _Wait(what, target, on_wait)
-    delay = 0.05
+    delay, reason = 0.05, ""
     while True:
         wait.attempt += 1
         remaining = math.inf if timeout is None else max(timeout - wait.seconds(), 0.001)
@@ -204,10 +204,11 @@ async def wait_until_ready(
             failure = from_rpc_error(error)
             if failure.code is grpc.StatusCode.NOT_FOUND:
                 reason = f"the server does not know {service}"
-            elif is_transient(failure):
-                reason = str(failure)
-            else:
+            elif not is_transient(failure):
                 raise failure from error
+            elif not reason or failure.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                # The last check may have no time for an answer: what the one before it was told says more.
+                reason = str(failure)
         if timeout is not None and (remaining := timeout - wait.seconds()) <= 0:
             raise TimeoutError(f"{wait.name()} was not ready within {timeout:g} seconds: {reason}")
         wait.report(reason)

@@ -258,9 +258,9 @@ async def test_waiting_ends_when_the_service_is_ready(serve: Serve) -> None:
 async def test_waiting_in_vain_ends_with_on_whom_and_why(serve: Serve, service: str, reason: str) -> None:
     async with serve() as served:
         served.server.set_serving(SERVICE, False)
-        message = f"policy server p:1 was not ready within 0.3 seconds: .*{reason}"
+        message = f"policy server p:1 was not ready within 1 seconds: .*{reason}"
         with pytest.raises(TimeoutError, match=message):
-            await wait_until_ready(served.channel, service, what="policy server", target="p:1", timeout=0.3)
+            await wait_until_ready(served.channel, service, what="policy server", target="p:1", timeout=1)
 
 
 async def test_waiting_for_nobody_says_that_nobody_is_there() -> None:
