@@ -19,11 +19,11 @@ ENV PATH=/opt/uv/bin:$PATH \
 
 FROM build AS reward-packages
 RUN uv pip install --constraint constraints.txt --requirement pyproject.toml \
-      --extra reward --extra judge --extra postgres
+      --extra reward --extra judge --extra postgres --extra tracing
 
 FROM build AS model-packages
 RUN uv pip install --constraint constraints.txt --requirement pyproject.toml \
-      --extra policy --extra trainer --extra reward --extra tensorboard
+      --extra policy --extra trainer --extra reward --extra tensorboard --extra lora --extra tracing
 
 FROM model-packages AS demo-material
 # The reviews are fetched by pip.
