@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 from sqlalchemy import Connection, event, func, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, InterfaceError, InternalError, OperationalError
@@ -24,6 +27,7 @@ _WRITERS_LOCK = 0x726C_6866
 
 # A statement waits for no longer than this on others, and a replica that hangs amid its transaction loses it after.
 _LOCK_SECONDS = 10
+_RETRY_SECONDS = 0.02
 
 
 class StoreUnavailable(Exception):  # noqa: N818 - nobody's mistake
@@ -117,7 +121,7 @@ def _set_up_sqlite(engine: Any) -> None:
         # The driver would begin transactions by itself, and only at the first change.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")
+        connection.run_async(_write_ahead)
         # The log is synced at every commit: what a rater was told is stored outlives a power cut too, not only a kill.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
@@ -127,6 +131,23 @@ def _set_up_sqlite(engine: Any) -> None:
     def begin(connection: Connection) -> None:
         immediate = connection.get_execution_options().get("immediate", False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+async def _write_ahead(connection: aiosqlite.Connection) -> None:
+    """Change the file to WAL, where it isn't yet.
+
+    Of connections that change a new file at once all but one are told that it is locked, at once and whatever their
+    timeout is: SQLite does not let two wait that could wait for each other.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            await connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 async def _lock_postgresql(connection: AsyncConnection) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -36,6 +38,19 @@ async def test_replicas_that_start_at_once_migrate_once(database: str) -> None:
         assert len((await connection.execute(text("SELECT version_num FROM alembic_version"))).all()) == 1
     for replica in replicas:
         await replica.close()
+
+
+async def test_a_new_file_that_another_holds_is_waited_for(tmp_path: Path) -> None:
+    # SQLite itself waits for no lock when it changes a file to WAL.
+    with contextlib.closing(sqlite3.connect(tmp_path / "ratings.db", isolation_level=None)) as other:
+        other.execute("CREATE TABLE held (x INTEGER)")
+        other.execute("BEGIN IMMEDIATE")
+        one = Database(f"sqlite:///{tmp_path / 'ratings.db'}")
+        migrating = asyncio.create_task(one.migrate())
+        assert not (await asyncio.wait([migrating], timeout=0.3))[0]
+        other.execute("COMMIT")
+        await migrating
+    await one.close()
 
 
 async def test_a_database_of_a_later_release_is_left_alone(database: str) -> None:
