@@ -24,6 +24,7 @@ class Judge:
         self._env = env
         self._log = world.folder / f"{name}.given"
         self._gate = world.folder / f"{name}.allowed"
+        self._held = self._gate.with_suffix(".held")
         self.server = self._start(manner)
 
     def restart(self, manner: Manner = Manner.WELL) -> None:
@@ -37,7 +38,6 @@ class Judge:
         self.server.signal(signal.SIGTERM)
         self.allow(allow)
         assert self.server.wait_exit() == 0, self.server.log_text()[-4000:]
-        self._gate.with_suffix(".held").unlink()
         self.server = self._start(Manner.WELL, listen=address)
 
     def allow(self, samples: int) -> None:
@@ -48,7 +48,11 @@ class Judge:
 
     def holds(self) -> None:
         """Until a call waits for more to be allowed; by then every call before it is answered, as far as it knows."""
-        wait_for(self._gate.with_suffix(".held").exists, within=120, what="call that waits at the judge")
+        wait_for(self._held.exists, within=120, what="call that waits at the judge")
+
+    def holds_nothing(self) -> None:
+        """Until no call waits: the calls of a trainer that was killed are cancelled a little later."""
+        wait_for(lambda: not self._held.exists(), within=60, what="end of the calls that wait at the judge")
 
     def given(self, run: str) -> list[tuple[str, float]]:
         """Sample id and reward of each result that it has made for `run`, in their order."""
@@ -56,6 +60,7 @@ class Judge:
         return [(sample_id, reward) for sample_id, reward in lines if sample_id.startswith(f"{run}/")]
 
     def _start(self, manner: Manner, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
+        self._held.unlink(missing_ok=True)  # of one that was killed
         flags = ("--log", str(self._log), "--gate", str(self._gate), "--manner", manner.value)
         server = self._world.start("tests.support.judge", *flags, listen=listen, env=self._env)
         server.wait_bound()

@@ -27,6 +27,7 @@ def test_no_answer_is_asked_for_again_after_a_kill(world: World, uninterrupted: 
     # The evaluation's answers went with the first checkpoint.
     wait_for(lambda: journal_lines(world, "journal") == len(judge.given("journal")) - 4, within=60, what="journal")
     trainer.kill()
+    judge.holds_nothing()
     judge.allow(10**6)
     again = world.trainer("journal", "--resume", reward=judge.server)
 

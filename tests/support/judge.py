@@ -1,7 +1,7 @@
 """A reward server that remembers nothing and writes down each answer: python -m tests.support.judge.
 
 Whoever asks it twice gets two lines in its log. How it answers is a `Manner`; samples beyond a number that a file
-holds wait until the file says more, and another file beside it says that one waits.
+holds wait until the file says more, and another file is beside it while any waits.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Judge(reward_pb2_grpc.RewardServiceServicer):
         self._log = settings.log.open("a", buffering=1)
         self._chance = random.Random(0)
         self._asked = 0
+        self._waiting = 0
         self._times: Counter[str] = Counter()
 
     async def Score(  # noqa: N802
@@ -66,9 +67,7 @@ class Judge(reward_pb2_grpc.RewardServiceServicer):
             raise self._chance.choice([*passing, RpcFailure(grpc.StatusCode.CANCELLED, "as Java drains")])
         self._asked += len(request.samples)
         if self._asked > self._allowed():
-            self._settings.gate.with_suffix(".held").touch()
-        while self._asked > self._allowed():  # noqa: ASYNC110 - another process writes the file
-            await asyncio.sleep(0.01)
+            await self._hold()
         results = [self._result(sample) for sample in request.samples]
         match self._settings.manner:
             case Manner.NOT_A_NUMBER:
@@ -87,6 +86,18 @@ class Judge(reward_pb2_grpc.RewardServiceServicer):
         self, request: reward_pb2.GetRewardInfoRequest, context: grpc.aio.ServicerContext
     ) -> reward_pb2.GetRewardInfoResponse:
         return reward_pb2.GetRewardInfoResponse(name="vowels", version="1")
+
+    async def _hold(self) -> None:
+        held = self._settings.gate.with_suffix(".held")
+        held.touch()
+        self._waiting += 1
+        try:
+            while self._asked > self._allowed():  # noqa: ASYNC110 - another process writes the file
+                await asyncio.sleep(0.01)
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                held.unlink()
 
     def _allowed(self) -> float:
         return float(self._settings.gate.read_text()) if self._settings.gate.exists() else float("inf")
