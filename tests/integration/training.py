@@ -102,7 +102,12 @@ class World:
             "log_format": "text",
             **settings,
         }
-        given = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        given = [
+            text
+            for name, value in values.items()
+            if value is not None
+            for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
         given += ["--reproducible"] if reproducible else []
         return self.start("trainer", *given, *flags, listen=None, env=env, ranks=ranks)
 
