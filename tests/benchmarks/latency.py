@@ -193,22 +193,28 @@ class _Readers:
         self._work = work
 
     async def saturated(self, seconds: float, readers: int = 64) -> float:
-        """Requests/s that end while as many readers as a batch has rows always want one."""
+        """Requests/s that end while as many readers as a batch has rows always want one.
+
+        For so many seconds, or until a first one has ended: a rate of zero would be no scale for the loads.
+        """
         ended = 0
         numbers = itertools.count()
-        until = time.perf_counter() + seconds
+        began = time.perf_counter()
+        until = began + seconds
 
         async def read_on() -> None:
-            nonlocal ended
+            nonlocal ended, until
             while time.perf_counter() < until:
                 await self._read(random.Random(next(numbers)), policy_pb2.PRIORITY_INTERACTIVE, time.perf_counter())
-                ended += time.perf_counter() < until
+                now = time.perf_counter()
+                until = until if ended else max(until, now)
+                ended += now <= until
 
         await asyncio.gather(*(read_on() for _ in range(readers)))
-        return ended / seconds
+        return ended / (until - began)
 
     async def arriving(self, rate: float, *, seed: int, priority: policy_pb2.Priority) -> list[Answer]:
-        """A Poisson process of `rate` requests/s for the work's seconds; returns when the last has ended."""
+        """A Poisson process of `rate` requests/s; returns when the work's seconds are over and the last has ended."""
         chance = random.Random(seed)
         due = list(itertools.takewhile(lambda at: at < self._work.seconds, _arrivals(chance, rate)))
         began = time.perf_counter()
@@ -216,6 +222,7 @@ class _Readers:
         for row, at in enumerate(due):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             reading.append(asyncio.create_task(self._read(random.Random(f"{seed} {row}"), priority, began + at)))
+        await asyncio.sleep(max(0.0, began + self._work.seconds - time.perf_counter()))
         return await asyncio.gather(*reading)
 
     async def _read(self, chance: random.Random, priority: policy_pb2.Priority, due: float) -> Answer:
