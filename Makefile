@@ -23,11 +23,13 @@ help: ## Show this list
 setup: $(READY) ## Make the virtual environment and install everything, at the versions of constraints.txt
 
 # Bytecode is made here once: an environment that writes none would compile torch and transformers at every start.
+$(READY) .venv-trl/.ready: export UV_COMPILE_BYTECODE := 1
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	UV_BUILD_CONSTRAINT=constraints.txt $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	UV_BUILD_CONSTRAINT=constraints.txt $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY) $(if $(filter go,$(REWARD)),example-go) ## Run PPO over the three processes on film reviews and show the reward rising (MODEL= DATA= REWARD=)
@@ -41,7 +43,7 @@ test-all: $(READY) .venv-trl/.ready ## Run the slow tests too, and those against
 
 .venv-trl/.ready: tests/trainer/parity/requirements-trl.txt | $(READY)
 	@test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	$(BIN)/uv pip install --quiet --python .venv-trl/bin/python --compile-bytecode -r $<
+	$(BIN)/uv pip install --quiet --python .venv-trl/bin/python -r $<
 	@touch $@
 
 examples: $(READY) $(EXAMPLES:%=example-%) ## Build the example servers and clients, run their tests and the conformance kit (EXAMPLES="go rust …")

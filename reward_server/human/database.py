@@ -120,8 +120,8 @@ def _set_up_sqlite(engine: Any) -> None:
     def connected(connection: Any, record: Any) -> None:
         # The driver would begin transactions by itself, and only at the first change.
         connection.isolation_level = None
-        cursor = connection.cursor()
         connection.run_async(_write_ahead)
+        cursor = connection.cursor()
         # The log is synced at every commit: what a rater was told is stored outlives a power cut too, not only a kill.
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
@@ -142,8 +142,8 @@ async def _write_ahead(connection: aiosqlite.Connection) -> None:
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            await connection.execute("PRAGMA journal_mode = WAL")
-            return
+            async with connection.execute("PRAGMA journal_mode = WAL"):
+                return
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise

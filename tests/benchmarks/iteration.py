@@ -21,7 +21,7 @@ from policy_server.engine.loading import load_models
 from policy_server.engine.protocol import GenerationRequest, InFlight, Sampling, ScoringRequest, WeightsVersion
 from tests.benchmarks.measuring import make_table
 from tests.benchmarks.roofline import Limits
-from tests.support.processes import ProcessUnderTest, StartProcess
+from tests.support.processes import ProcessUnderTest, StartProcess, as_flags
 from trainer.learning.batch import RolloutBatch
 from trainer.learning.learner import PPOLearner
 from trainer.model import AutoModelForCausalLMWithValueHead
@@ -231,22 +231,21 @@ class _Runs:
         work = self._work
         values = {
             "model": self._folder,
-            "policy-server": policy.address,
-            "reward-server": reward.address,
+            "policy_server": policy.address,
+            "reward_server": reward.address,
             "data": self._data,
-            "run-dir": run_dir,
+            "run_dir": run_dir,
             "steps": work.steps,
-            "batch-size": work.samples,
-            "mini-batch-size": work.mini_batch,
-            "ppo-epochs": work.epochs,
-            "max-new-tokens": work.new_tokens,
-            "eval-prompts": 0,
-            "save-every": work.steps,
+            "batch_size": work.samples,
+            "mini_batch_size": work.mini_batch,
+            "ppo_epochs": work.epochs,
+            "max_new_tokens": work.new_tokens,
+            "eval_prompts": 0,
+            "save_every": work.steps,
             "threads": threads,
-            "max-staleness": max_staleness,
+            "max_staleness": max_staleness,
         }
-        flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-        trainer = self._start("trainer", *flags, listen=None)
+        trainer = self._start("trainer", *as_flags(values), listen=None)
         _pin(trainer, cpus)
         ends: list[float] = []
         lines: list[str] = []

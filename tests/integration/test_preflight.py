@@ -19,7 +19,7 @@ from rlhf.config import read_settings
 from rlhf.fingerprints import tokenizer_digest
 from tests.integration.training import published
 from tests.support.models import make_byte_tokenizer, make_tiny_gpt2
-from tests.support.processes import ROOT, ProcessUnderTest, StartProcess, process_factory
+from tests.support.processes import ROOT, ProcessUnderTest, StartProcess, as_flags, process_factory
 from trainer.adapters import add_adapter, lora_config
 from trainer.model import AutoModelForCausalLMWithValueHead
 from trainer.run.checking import check
@@ -107,13 +107,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         yield Servers(folder, start)
 
 
-def flags(settings: Mapping[str, Any]) -> list[str]:
-    return [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-
-
 def trainer(settings: Mapping[str, Any], *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "trainer", *flags(settings), *more],
+        [sys.executable, "-m", "trainer", *as_flags(settings), *more],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.reward_server.examples.servers import ExampleServer
 from tests.support.models import make_tiny_gpt2
-from tests.support.processes import ProcessUnderTest, StartProcess, process_factory
+from tests.support.processes import ProcessUnderTest, StartProcess, as_flags, process_factory
 
 POLICY_FLAGS = ("--reproducible", "--threads", "1", "--managed")
 ROWS = 60
@@ -76,7 +76,7 @@ class World:
         ranks: int = 1,
         **settings: object,
     ) -> ProcessUnderTest:
-        """A trainer of run `run` in a folder of that name; `settings` replace what is set here."""
+        """A trainer of run `run` in a folder of that name; `settings` replace what is set here, None by nothing."""
         reward = reward or self.reward
         for server in (self.policy, reward):
             server.wait_bound()
@@ -102,14 +102,8 @@ class World:
             "log_format": "text",
             **settings,
         }
-        given = [
-            text
-            for name, value in values.items()
-            if value is not None
-            for text in (f"--{name.replace('_', '-')}", str(value))
-        ]
-        given += ["--reproducible"] if reproducible else []
-        return self.start("trainer", *given, *flags, listen=None, env=env, ranks=ranks)
+        given = ["--reproducible"] if reproducible else []
+        return self.start("trainer", *as_flags(values), *given, *flags, listen=None, env=env, ranks=ranks)
 
     def lines(self, run: str, file: str, kind: str | None = None) -> list[dict[str, Any]]:
         """The whole lines of a run's .jsonl file so far, of one kind if given."""

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +33,12 @@ def wait_for(condition: Callable[[], T], *, within: float, what: str, every: flo
         if time.monotonic() > deadline:
             raise AssertionError(f"no {what} within {within:g} s")
         time.sleep(every)
+
+
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """A process's settings on its command line; those that are None are left out."""
+    given = {name.replace("_", "-"): value for name, value in settings.items() if value is not None}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
 class ProcessUnderTest:

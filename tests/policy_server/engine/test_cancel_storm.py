@@ -131,7 +131,7 @@ async def check_that_all_came_back(engine: BatchEngine, watcher: Watcher) -> Non
 def kept_alive(engine: BatchEngine) -> list[Generation | Row]:
     """Requests and completions of this engine; other tests' may hang on what they logged."""
     gc.collect()
-    models = list(engine._models.values())
+    models = engine._models.values()
     return [each for each in gc.get_objects() if type(each) in (Generation, Row) and each.model in models]
 
 
