@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reward_server.human.rules import Aggregate, OnExpiry, Rules, Scale
+from rlhf.addresses import is_loopback
 
 DEFAULT_DATABASE = "sqlite:///ratings.db"
 
@@ -98,6 +99,9 @@ class HumanOptions(BaseModel):
     secure_cookies: bool = Field(
         default=False, description="Whether browsers reach the page by https, through a proxy; cookies need it then"
     )
+    insecure: bool = Field(
+        default=False, description="Serve an address other than loopback even if browsers reach the page by plain http"
+    )
     trusted_proxies: tuple[str, ...] = Field(
         default=(), description="Addresses or networks of proxies whose X-Forwarded-For says who the caller is"
     )
@@ -110,6 +114,16 @@ class HumanOptions(BaseModel):
         worst, best = self.reward_range
         if not (math.isfinite(worst) and math.isfinite(best) and worst < best):
             raise ValueError("reward_range is [lowest, highest], both finite, and higher is better")
+        return self
+
+    @model_validator(mode="after")
+    def _is_out_of_reach_or_behind_https(self) -> Self:
+        if not (self.secure_cookies or self.insecure or is_loopback(self.listen)):
+            raise ValueError(
+                f"listen is {self.listen}, which other machines can reach, and the page is plain http, raters' tokens "
+                "included: put a proxy with TLS before it and set secure_cookies (see docs/rewards/human.md), or say "
+                "insecure where the network itself keeps strangers out"
+            )
         return self
 
     def rules(self) -> Rules:

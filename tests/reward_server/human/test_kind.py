@@ -226,6 +226,8 @@ def test_a_scale_is_steps_or_names(scale: dict[str, Any], made: Scale) -> None:
         ({"reward_range": [1, -1]}, "higher is better"),
         ({"reward_range": [0, float("inf")]}, "finite"),
         ({"listen": "8080"}, "listen"),
+        ({"listen": "0.0.0.0:8080"}, "0.0.0.0:8080, which other machines can reach.*secure_cookies"),
+        ({"listen": "ratings.example:8080", "trusted_proxies": ["10.0.0.1"]}, "which other machines can reach"),
         ({"aggregate": "max"}, "mean"),
         ({"questions": "?"}, "questions"),
     ],
@@ -233,6 +235,18 @@ def test_a_scale_is_steps_or_names(scale: dict[str, Any], made: Scale) -> None:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         HumanOptions.model_validate(options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"listen": "[::1]:8080"},
+        {"listen": "0.0.0.0:8080", "secure_cookies": True},
+        {"listen": "0.0.0.0:8080", "insecure": True},
+    ],
+)
+def test_the_page_is_out_of_reach_or_behind_https_or_says_not(options: dict[str, Any]) -> None:
+    HumanOptions.model_validate(options)
 
 
 async def test_a_process_serves_trainers_and_raters_and_stops_cleanly(
