@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import wait_for
 from trainer.run.tracking import open_trackers
 from trainer.settings import TrackerName
 
@@ -54,13 +55,19 @@ def test_wandb_gets_every_number_with_its_step_as_the_axis(monkeypatch: pytest.M
     tracker.log(1, {"objective/kl": 1.5})
     tracker.close()
 
-    records = list(_wandb_records(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    # W&B's own process writes on for a moment after it has answered that the run is finished.
+    records = wait_for(lambda: _finished(list(_wandb_records(file))), within=60, what="the end of W&B's file")
     (begun,) = [record.run for record in records if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     history = [_logged(record.history) for record in records if record.HasField("history")]
     (axis,) = [record.metric for record in records if record.HasField("metric") and record.metric.glob_name == "*"]
     assert (begun.run_id, config["batch_size"], axis.step_metric) == ("run.1", 8, "step")
     assert history == [{"step": 0, "evaluation/reward_mean": 0.25}, {"step": 1, "objective/kl": 1.5}]
+
+
+def _finished(records: list[Any]) -> list[Any] | None:
+    return records if any(record.HasField("exit") for record in records) else None
 
 
 def _logged(history: Any) -> dict[str, Any]:
@@ -79,6 +86,8 @@ def _wandb_records(file: Path) -> Iterator[Any]:
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return  # not all of it is written yet
         parts += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
