@@ -180,6 +180,8 @@ async def measure(folder: Path, start: StartProcess, threads: int, work: Work | 
                 priority = policy_pb2.PRIORITY_BULK if condition == AS_BULK else policy_pb2.PRIORITY_INTERACTIVE
                 began, before = time.perf_counter(), bulk.tokens
                 answers = await readers.arriving(load * result.capacity, seed=round(1000 * load), priority=priority)
+                if condition != ALONE:
+                    await bulk.beyond(before)
                 rollout_rate = (bulk.tokens - before) / (time.perf_counter() - began)
             result.phases.append(Phase(condition, load, len(answers) / work.seconds, answers, rollout_rate))
     return result
@@ -207,7 +209,8 @@ class _Readers:
             while time.perf_counter() < until:
                 await self._read(random.Random(next(numbers)), policy_pb2.PRIORITY_INTERACTIVE, time.perf_counter())
                 now = time.perf_counter()
-                until = until if ended else max(until, now)
+                if not ended:
+                    until = max(until, now)
                 ended += now <= until
 
         await asyncio.gather(*(read_on() for _ in range(readers)))
@@ -245,13 +248,19 @@ class _Rollouts:
     def __init__(self, address: str, work: Work) -> None:
         self._address = address
         self._work = work
+        self._ended = asyncio.Event()
         self.tokens = 0
+
+    async def beyond(self, tokens: int) -> None:
+        """Until a call has ended since there were so many tokens: on a busy machine none may while requests arrive."""
+        while self.tokens <= tokens:
+            self._ended.clear()
+            await self._ended.wait()
 
     @asynccontextmanager
     async def running(self, calls: int) -> AsyncIterator[None]:
         """While the block runs, which begins once a first one has ended: the batch is full then."""
         client = PolicyClient(self._address)
-        ended = asyncio.Event()
 
         async def roll_out(row: int) -> None:
             chance = random.Random(f"rollout {row}")
@@ -259,13 +268,13 @@ class _Rollouts:
                 prompt, length = _prompt(chance, self._work), _length(chance, self._work)
                 (completion,) = await client.generate(prompt, seed=row, max_new_tokens=length, min_new_tokens=length)
                 self.tokens += len(completion.token_ids)
-                ended.set()
+                self._ended.set()
 
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(roll_out(row)) for row in range(calls)]
                 if tasks:
-                    await ended.wait()
+                    await self.beyond(0)
                 yield
                 for task in tasks:
                     task.cancel()

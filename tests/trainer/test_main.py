@@ -7,22 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.processes import as_flags
+
 
 def test_a_taken_metrics_port_is_told_and_worth_another_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         settings = {
             "model": "model",
-            "policy-server": "127.0.0.1:1",
-            "reward-server": "127.0.0.1:2",
-            "run-dir": str(tmp_path / "run"),
+            "policy_server": "127.0.0.1:1",
+            "reward_server": "127.0.0.1:2",
+            "run_dir": tmp_path / "run",
             "data": "data.jsonl",
-            "metrics-port": str(port),
+            "metrics_port": port,
         }
-        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        ended = subprocess.run(
-            [sys.executable, "-m", "trainer", *flags], capture_output=True, text=True, timeout=120, check=False
-        )
+        command = [sys.executable, "-m", "trainer", *as_flags(settings)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
     assert ended.returncode == 1
     assert f"can't serve metrics on 127.0.0.1:{port}" in ended.stderr
