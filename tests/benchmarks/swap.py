@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import statistics
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -296,6 +295,5 @@ async def _pauses(server: ProcessUnderTest, channel: grpc.aio.Channel, standing:
 
 
 def _swap_seconds(server: ProcessUnderTest) -> float:
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = server.metrics_text().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("rlhf_policy_weights_swap_seconds_sum"))

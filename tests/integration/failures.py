@@ -62,9 +62,7 @@ class Judge:
     def _start(self, manner: Manner, listen: str = "127.0.0.1:0") -> ProcessUnderTest:
         self._held.unlink(missing_ok=True)  # of one that was killed
         flags = ("--log", str(self._log), "--gate", str(self._gate), "--manner", manner.value)
-        server = self._world.start("tests.support.judge", *flags, listen=listen, env=self._env)
-        server.wait_bound()
-        return server
+        return self._world.start("tests.support.judge", *flags, listen=listen, env=self._env)
 
 
 def assert_nothing_lost(world: World, run: str, judge: Judge, *, asked_once: bool = True) -> None:

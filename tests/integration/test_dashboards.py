@@ -44,24 +44,21 @@ class Watched:
     end: float
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def watched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A finished run, whose rewards came through a remote reward from the server that gives them."""
     folder = tmp_path_factory.mktemp("watched")
     files = {f"rlhf-{job}": folder / f"{job}.json" for job in ("policy", "reward", "trainer")}
     giving = world.reward_server(PARTLY, name="partly")
-    world.policy.wait_bound()
     giving.wait_serving("rlhf.reward.v1.RewardService")
     options = json.dumps({"target": giving.address})
     asking = world.start("reward_server", "--reward", "remote", "--reward-options", options)
-    asking.wait_bound()
     with prometheus(folder / "prometheus", files, rules=MONITORING / "rules.yaml") as server:
         start = time.time()
         announce(files["rlhf-policy"], world.policy.metrics_url)
         announce(files["rlhf-reward"], giving.metrics_url, asking.metrics_url)
         wait_for(lambda: len(server.query("up == 1")) == 3, within=30, what="scrape of the servers")
         trainer = world.trainer(RUN, "--metrics-linger", "60", reward=asking, steps=STEPS)
-        trainer.wait_bound()
         announce(files["rlhf-trainer"], trainer.metrics_url)
         wait_for(lambda: server.query("rlhf_trainer_step >= 1"), within=120, what="step that Prometheus saw")
         stream = [

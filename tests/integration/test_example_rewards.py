@@ -20,6 +20,7 @@ ROWS = 200
 @pytest.fixture(params=["go"])
 def example(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ExampleServer]:
     server = ExampleServer(EXAMPLES[request.param], tmp_path / "example", "127.0.0.1:0")
+    server.wait_bound()
     yield server
     server.kill()
 

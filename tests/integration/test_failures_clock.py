@@ -29,7 +29,6 @@ def test_clocks_that_jump_an_hour_either_way_change_nothing(world: World, uninte
     clock = JumpingClock(tmp_path)
     judge = Judge(world, "clock", env=clock.env)
     policy = world.policy_server(env=clock.env)
-    policy.wait_bound()
     trainer = world.trainer(
         "clock", reward=judge.server, policy_server=policy.address, env=clock.env, log_format="json"
     )

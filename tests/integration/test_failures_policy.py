@@ -52,7 +52,6 @@ def test_a_policy_server_killed_in_mid_rollout_gets_the_weights_and_the_prompts_
 
 def test_a_slow_line_that_is_partitioned_and_cut_changes_nothing(world: World, uninterrupted: str) -> None:
     judge = Judge(world, "partitioned")
-    world.policy.wait_bound()
     with Proxy(world.policy.address) as to_policy, Proxy(judge.server.address) as to_judge:
         for line in (to_policy, to_judge):
             line.bytes_per_second, line.delay_seconds = 1e6, 0.005
@@ -82,7 +81,6 @@ def test_a_slow_line_that_is_partitioned_and_cut_changes_nothing(world: World, u
 
 def test_weights_mangled_on_their_way_are_never_served(world: World, uninterrupted: str) -> None:
     judge = Judge(world, "mangled")
-    world.policy.wait_bound()
     refused = refused_updates(world.policy)
     with Proxy(world.policy.address) as line:
         trainer = world.trainer("mangled", reward=judge.server, policy_server=line.address)
@@ -116,7 +114,6 @@ def test_half_a_publish_leaves_the_old_version_serving_and_a_new_process_gets_al
 ) -> None:
     judge = Judge(world, "half-published")
     judge.allow(4 + 8)  # the evaluation and a step
-    world.policy.wait_bound()
     with Proxy(world.policy.address) as line:
         trainer = world.trainer("half-published", reward=judge.server, policy_server=line.address)
         steps_made(world, "half-published", 1)
@@ -170,7 +167,6 @@ def test_a_policy_server_told_to_stop_in_mid_rollout_exits_0_and_its_successor_g
 def test_a_policy_server_that_refuses_what_is_too_much_is_asked_again(world: World, uninterrupted: str) -> None:
     judge = Judge(world, "overload")
     small = world.policy_server("--max-queue-requests", "1", "--max-batch-rows", "1")
-    small.wait_bound()
     trainer = world.trainer("overload", reward=judge.server, policy_server=small.address, rollout_concurrency=16)
     assert_finished(trainer)
 

@@ -131,7 +131,6 @@ def test_rewards_that_are_pending_abstained_or_not_numbers_never_enter_a_batch(w
 
 
 def test_steps_without_a_sample_change_no_weights_and_publish_nothing(world: World) -> None:
-    world.policy.wait_bound()
     before = published(world.policy)
 
     assert_finished(

@@ -92,7 +92,6 @@ class ManyKills:
     def start_and_kill(self, moment: Callable[[], Callable[[], bool]]) -> None:
         """`moment()` is asked when the run goes on, what it returns from then on: now?"""
         trainer = self.start()
-        trainer.wait_bound()
         wait_for(
             lambda: metric(trainer, "rlhf_trainer_incarnation") == self._starts, within=120, what="run that goes on"
         )

@@ -16,7 +16,7 @@ from tests.support.processes import wait_for
 LORA = {"lora_rank": 4, "lora_targets": "c_attn,c_fc", "reference": "trainer", "learning_rate": 3e-3, "steps": 3}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(world: World) -> Path:
     """The folder of a finished run."""
     assert_finished(world.trainer("lora", **LORA))

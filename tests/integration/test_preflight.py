@@ -77,9 +77,7 @@ class Servers:
 
     def start_managed(self) -> ProcessUnderTest:
         """One that waits for its trainer's first publish."""
-        process = self._start("policy_server", "--model", str(self.model), "--threads", "1", "--managed")
-        process.wait_bound()
-        return process
+        return self._start("policy_server", "--model", str(self.model), "--threads", "1", "--managed")
 
     def settings(self, run_dir: Path, **given: Any) -> dict[str, Any]:
         """Of a run that fits, but for what is given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,8 @@ def test_a_replica_of_another_model_that_comes_later_is_left_out(world: World, s
     trainer = world.trainer(
         "left-out", reward=reward.server, policy_server=f"{world.policy.address},{other.address}", steps=2
     )
-    trainer.wait_bound()
-    wait_for(lambda: replicas(trainer, "usable") == 2, within=120, what="both replicas")
+    evaluated = partial(world.lines, "left-out", "metrics.jsonl", "evaluation")
+    wait_for(evaluated, within=120, what="evaluation, before which the start's checks were over")
     other.kill()
     wrong = world.policy_server(listen=other.address, model=stranger)
     wrong.wait_serving("rlhf.weights.v1.WeightsService")

@@ -26,7 +26,7 @@ SECTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def resumed(world: World) -> str:
     """The name of a run that was finished after two steps and then went on to the fourth."""
     reward = world.reward_server(PICKY, name="picky-to-see")

@@ -67,7 +67,6 @@ def test_a_run_killed_while_it_writes_ends_like_one_that_was_left_alone(
 def test_a_run_killed_while_it_publishes_ends_like_one_that_was_left_alone(world: World, uninterrupted: str) -> None:
     run = "killed-publishing"
     trainer = world.trainer(run)
-    trainer.wait_bound()
 
     def times(phase: str) -> float:
         return metric(trainer, "rlhf_trainer_phase_seconds_count", phase=phase)

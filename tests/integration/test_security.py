@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -266,8 +265,7 @@ def test_no_token_is_in_logs_or_metrics(guarded: Guarded, policy: ProcessUnderTe
         with guarded.channel(server) as channel:
             call(channel, INFO if server is reward else f"{POLICY}/GetModel", "a-wrong-token-0123456789")
             call(channel, INFO if server is reward else f"{POLICY}/GetModel", token_of("writer"))
-        with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-            shown = answer.read().decode() + server.log_text()
+        shown = server.metrics_text() + server.log_text()
         assert "rlhf_calls_denied_total" in shown
         assert "a call was refused" in shown
         assert not [token for token in ("a-wrong-token", *map(token_of, ROLES)) if token in shown]

@@ -21,7 +21,7 @@ def reward(prompts, completions, **columns):
 '''
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(world: World) -> str:
     """The name of a run that was one version ahead of itself."""
     assert_finished(world.trainer("ahead", reproducible=False, max_staleness=1, steps=STEPS))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -148,7 +147,5 @@ def test_a_receiver_that_dies_neither_stops_the_run_nor_fills_its_log(traced: Tr
 
 def exemplars_of(process: ProcessUnderTest, histogram: str) -> set[str]:
     """Trace ids behind the buckets of a histogram, as Prometheus asks for them."""
-    request = urllib.request.Request(process.metrics_url, headers={"Accept": "application/openmetrics-text"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        text = answer.read().decode()
+    text = process.metrics_text(accept="application/openmetrics-text")
     return set(re.findall(rf'^{histogram}_bucket.* # \{{trace_id="(\w+)"\}}', text, re.MULTILINE))

@@ -44,15 +44,13 @@ def reward(prompts, completions, **columns):
 STEPS, ROWS_PER_STEP = 3, 8
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(world: World) -> tuple[World, dict[str, float]]:
     """A run of three steps that has ended, and what its metrics endpoint said after the second."""
     reward = world.reward_server(GATED, name="gated")
-    world.policy.wait_bound()
     before = published(world.policy)
     trainer = world.trainer("run", reward=reward, steps=STEPS)
     wait_for(lambda: trainer.poll() is not None or world.steps_done("run") == 2, within=120, what="second step")
-    trainer.wait_bound()
     names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
     seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
     seen["trained"] = metric(trainer, "rlhf_trainer_samples_trained_total")

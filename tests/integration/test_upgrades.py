@@ -47,7 +47,6 @@ def worlds(previous: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def assert_trains(trainers: World, servers: World, run: str) -> None:
     """A run goes through Generate, LogProbs, UpdateWeights and Score, and accounts each prompt once."""
-    servers.policy.wait_bound()
     settings = {"policy_server": servers.policy.address, "steps": 2, "eval_every": 1, "lr_scheduler": None}
     assert_finished(trainers.trainer(run, reward=servers.reward, **settings))
     assert_accounted_once(trainers, run)

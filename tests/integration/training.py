@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,13 +76,10 @@ class World:
         **settings: object,
     ) -> ProcessUnderTest:
         """A trainer of run `run` in a folder of that name; `settings` replace what is set here, None by nothing."""
-        reward = reward or self.reward
-        for server in (self.policy, reward):
-            server.wait_bound()
         values: dict[str, object] = {
             "model": self.model,
             "policy_server": self.policy.address,
-            "reward_server": reward.address,
+            "reward_server": (reward or self.reward).address,
             "data": self.data,
             "run_dir": self.folder / run,
             "run_id": run,
@@ -142,10 +138,8 @@ def small_world(folder: Path) -> Iterator[World]:
 
 def metric(process: ProcessUnderTest, name: str, **labels: str) -> float:
     """A sample of the process's Prometheus endpoint, the sum over label sets that match; 0 when there is none."""
-    with urllib.request.urlopen(process.metrics_url, timeout=10) as answer:
-        text = answer.read().decode()
     total = 0.0
-    for line in text.splitlines():
+    for line in process.metrics_text().splitlines():
         match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
         if match and match[1] == name and all(f'{key}="{value}"' in (match[2] or "") for key, value in labels.items()):
             total += float(match[3])

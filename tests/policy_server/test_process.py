@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +60,7 @@ def test_a_managed_server_waits_serves_its_client_and_leaves_on_sigterm(
     assert refused.err.startswith("error: INVALID_ARGUMENT: request.sampling.top_p: ")
     assert refused.err.count("\n") == 1
 
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
-        metrics = page.read().decode()
+    metrics = server.metrics_text()
     assert 'rlhf_policy_tokens_total{phase="decode"}' in metrics
     assert 'rlhf_policy_weights_info{run_id="run-a"} 1.0' in metrics
     assert 'rlhf_policy_weights_updates_total{outcome="applied"} 1.0' in metrics

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import grpc
@@ -33,8 +32,7 @@ def test_it_serves_scores_metrics_and_stops_cleanly(tmp_path: Path) -> None:
             stub = reward_pb2_grpc.RewardServiceStub(channel)
             results = stub.Score(request(sample("a", "good"), sample("b", "bad")), timeout=10).results
         assert [result.scored.reward for result in results] == [1.0, 0.0]
-        with urllib.request.urlopen(server.metrics_url, timeout=10) as page:
-            text = page.read().decode()
+        text = server.metrics_text()
         assert 'rlhf_reward_outcomes_total{code="",component="",kind="function",outcome="scored"} 2.0' in text
         assert "grpc_server_handled_total" in text
         (line,) = [line for line in server.log_text().splitlines() if "serving" in line]

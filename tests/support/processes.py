@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -80,7 +81,7 @@ class ProcessUnderTest:
 
     @property
     def address(self) -> str:
-        """Where its gRPC server listens."""
+        """Where its gRPC server listens, once it does."""
         return self._endpoint()["address"]
 
     @property
@@ -93,6 +94,20 @@ class ProcessUnderTest:
         """Where its health is answered in plaintext."""
         return self._endpoint()["health_address"] or self.address
 
+    def metrics_text(self, accept: str = "*/*") -> str:
+        """What its Prometheus endpoint answers now, in the format that `accept` names."""
+        request = urllib.request.Request(self.metrics_url, headers={"Accept": accept})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                text: str = answer.read().decode()
+        except OSError:
+            # An end is told with the log. Its sockets may be closed a moment before it can be waited for.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            self._alive()
+            raise
+        return text
+
     def log_text(self) -> str:
         """All it has written so far, to stdout and stderr."""
         return self._log_file.read_text(errors="replace")
@@ -101,16 +116,11 @@ class ProcessUnderTest:
         """Its exit code, None while it runs."""
         return self._process.poll()
 
-    def wait_bound(self, within: float = READY_WITHIN) -> None:
-        """Until it has announced its addresses."""
-        wait_for(lambda: self._alive() and self._endpoint_file.exists(), within=within, what=f"address of {self}")
-
-    def wait_serving(self, service: str = "", within: float = READY_WITHIN) -> None:
+    def wait_serving(self, service: str = "") -> None:
         """Until its health says that `service` is SERVING."""
-        self.wait_bound(within)
         wait_for(
             lambda: self._alive() and health_of(self.health_address, service) == "SERVING",
-            within=within,
+            within=READY_WITHIN,
             what=f"SERVING {service!r} of {self}",
         )
 
@@ -140,6 +150,9 @@ class ProcessUnderTest:
         return f"python -m {self.module} (pid {self.pid})"
 
     def _endpoint(self) -> dict[str, str]:
+        """Its addresses, as soon as it has announced them."""
+        announced = self._endpoint_file.exists
+        wait_for(lambda: announced() or not self._alive(), within=READY_WITHIN, what=f"address of {self}")
         endpoint: dict[str, str] = json.loads(self._endpoint_file.read_text())
         return endpoint
 
@@ -178,7 +191,7 @@ def torchrun(count: int, module: str, *arguments: str, within: float = 240.0) ->
 StartProcess = Callable[..., ProcessUnderTest]
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_factory(folder: Path) -> Iterator[StartProcess]:
     """`start(module, *flags, listen=…, env=…)`: whatever it starts is killed when the block ends.
 

@@ -9,7 +9,6 @@ import json
 import math
 import threading
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -358,9 +357,7 @@ async def test_a_server_of_its_own_scores_by_it(start_process: StartProcess) -> 
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub = reward_pb2_grpc.RewardServiceStub(channel)
             answer = await stub.Score(request(message("a", "x"), message("b", "xx")), timeout=20)
-        page = await asyncio.to_thread(urllib.request.urlopen, server.metrics_url, timeout=10)
-        with page:
-            text = page.read().decode()
+        text = await asyncio.to_thread(server.metrics_text)
     assert [result.scored.reward for result in answer.results] == [6.0, 7.0]
     assert f'rlhf_reward_circuit_state{{kind="http",target="{model.url}/get_reward"}} 0.0' in text
     assert "secret" not in server.log_text() + text

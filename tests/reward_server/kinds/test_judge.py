@@ -8,7 +8,6 @@ import json
 import re
 import threading
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -493,9 +492,7 @@ async def test_a_server_of_its_own_judges_by_it(start_process: StartProcess) -> 
         async with grpc.aio.insecure_channel(server.address) as channel:
             stub = reward_pb2_grpc.RewardServiceStub(channel)
             answer = await stub.Score(request(message("a"), message("b")), timeout=20)
-        page = await asyncio.to_thread(urllib.request.urlopen, server.metrics_url, timeout=10)
-        with page:
-            text = page.read().decode()
+        text = await asyncio.to_thread(server.metrics_text)
     assert [result.scored.reward for result in answer.results] == [1.0, 1.0]
     assert answer.results[0].scored.components == {"judge_score": 10.0, "votes": 1.0}
     assert 'rlhf_reward_judge_tokens_total{direction="in"} 60.0' in text
