@@ -7,16 +7,16 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from rlhf.channel import KEEPALIVE_SECONDS
 from rlhf.endpoint import write_endpoint_file
-from rlhf.failures import unavailable
+from rlhf.health import Health
 from rlhf.interceptor import CallInterceptor
 from rlhf.logs import get_logger
 from rlhf.metrics import DEFAULT_METRICS_HOST, GrpcServerMetrics, MetricsEndpoint, serve_metrics
@@ -112,8 +112,7 @@ class Server:
         self._grace_seconds = grace_seconds
         self._endpoint_file = endpoint_file
         self._services: list[str] = []
-        self._health = _Health()
-        self._health_updates: set[asyncio.Task[None]] = set()
+        self._health = Health()
         self._address: str | None = None
         self._metrics: MetricsEndpoint | None = None
 
@@ -156,10 +155,7 @@ class Server:
 
     def set_serving(self, service: str, serving: bool) -> None:
         """Change a service's health; on the event loop's thread. Does nothing once the server drains."""
-        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        update = asyncio.get_running_loop().create_task(self._health.set(service, status))
-        self._health_updates.add(update)
-        update.add_done_callback(self._health_updates.discard)
+        self._health.set_serving(service, serving)
 
     async def start(self) -> None:
         """Bind, serve, log where, write the endpoint file. Raises BindError naming the address that can't be had."""
@@ -242,37 +238,10 @@ class Server:
 
     async def _drain(self) -> None:
         """Tell clients to go elsewhere, give them time to notice, then let the calls in flight finish."""
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         await asyncio.sleep(self._drain_seconds)
         self._health.end_watches()
         await self.grpc.stop(self._grace_seconds)
-
-
-class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the package has no types
-    """gRPC's health service, but its watches can end: each would hold a drain up for the whole grace period."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._ended = asyncio.Event()
-
-    def end_watches(self) -> None:
-        """End all watches, and those that come, with UNAVAILABLE."""
-        self._ended.set()
-
-    async def Watch(  # noqa: N802 - gRPC's name
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> None:
-        """Stream the health of a service until the caller or the server goes away."""
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        end = asyncio.create_task(self._ended.wait())
-        try:
-            await asyncio.wait([watch, end], return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                watch.result()
-        finally:
-            watch.cancel()
-            end.cancel()
-        raise unavailable("the server stops")
 
 
 @contextlib.asynccontextmanager

@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rlhf.channel import open_channel, wait_until_ready
 from rlhf.server import BindError
 from tests.rlhf.conftest import Serve, failure_of, result_of
-from tests.support.processes import StartProcess, health_of, wait_for
+from tests.support.http2 import Http2Client
+from tests.support.processes import StartProcess, wait_for
 from tests.support.scripted_server import SERVICE, Stub
 
 MODULE = "tests.support.scripted_server"
@@ -51,6 +52,26 @@ async def test_a_watcher_sees_a_service_become_ready(serve: Serve) -> None:
         watch.cancel()
 
     assert seen == ["NOT_SERVING", "SERVING"]
+
+
+async def test_a_watcher_that_takes_nothing_holds_up_no_news_and_no_drain(start_process: StartProcess) -> None:
+    process = start_process(MODULE, "--drain-seconds", "0.2", "--grace-seconds", "0.2")
+    await asyncio.to_thread(process.wait_serving, SERVICE)
+    with Http2Client(process.address, takes=0) as hostile:
+        async with open_channel(process.address) as channel:
+            for stream, service in ((1, SERVICE), (3, "")):
+                hostile.begin(stream, "/grpc.health.v1.Health/Watch")
+                hostile.send_message(stream, health_pb2.HealthCheckRequest(service=service).SerializeToString())
+            begun = 'grpc_server_started_total{grpc_method="Watch",grpc_service="grpc.health.v1.Health"'
+            await asyncio.to_thread(wait_for, lambda: begun in process.metrics_text(), within=20, what="watch")
+            await _health(channel, SERVICE)  # by then the first answers wait for a window
+            call = Stub(channel).unary_unary({"wait_seconds": 600}, timeout=900)
+            process.signal(signal.SIGTERM)
+            async with asyncio.timeout(30):
+                error = await failure_of(call)
+
+        assert error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+        assert await asyncio.to_thread(process.wait_exit) == 0
 
 
 async def test_health_does_not_know_a_service_that_is_not_there(serve: Serve) -> None:
@@ -164,14 +185,13 @@ async def test_a_drain_finishes_the_call_in_flight_and_exits_0(start_process: St
     process = start_process(MODULE, "--drain-seconds", "0.3")
     await asyncio.to_thread(process.wait_serving, SERVICE)
     async with open_channel(process.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(service=service)) for service in (SERVICE, "")]
+        assert [Status.Name((await watch.read()).status) for watch in watches] == ["SERVING"] * 2
         call = Stub(channel).unary_unary({"wait_seconds": 1, "n": 1}, timeout=20)
         await asyncio.to_thread(wait_for, lambda: "acting" in process.log_text(), within=10, what="call")
-        address = process.address
         process.signal(signal.SIGTERM)
-        await asyncio.to_thread(
-            wait_for, lambda: health_of(address, SERVICE) == "NOT_SERVING", within=10, what="NOT_SERVING"
-        )
-        assert health_of(address, "") == "NOT_SERVING"
+        assert [Status.Name((await watch.read()).status) for watch in watches] == ["NOT_SERVING"] * 2
         assert await call == {"wait_seconds": 1, "n": 1}
 
     assert await asyncio.to_thread(process.wait_exit) == 0

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_HEADERS, _ACK = 4, 1
+_END_HEADERS, _ACK, _END_STREAM = 4, 1, 1
+_INITIAL_WINDOW = 4
 _WINDOW = 65_535
 
 
 class Http2Client:
     """One connection that sends what it is told and notes what comes back."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, takes: int | None = None) -> None:
+        """`takes`: bytes of each answer that it is ready for; None = HTTP/2's 65,535."""
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=20)
         self._lock = threading.Lock()
@@ -25,7 +28,8 @@ class Http2Client:
         self._windows: dict[int, int] = {}
         self.closed = False
         self.goaway: bytes = b""
-        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, b""))
+        window = b"" if takes is None else struct.pack("!HI", _INITIAL_WINDOW, takes)
+        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, window))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -35,6 +39,8 @@ class Http2Client:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self.closed = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the reader
         self._socket.close()
         self._reader.join(10)
 
@@ -61,6 +67,10 @@ class Http2Client:
     def send(self, content: bytes) -> None:
         """Send bytes as they are. Raises OSError when the server has hung up."""
         self._socket.sendall(content)
+
+    def send_message(self, stream: int, content: bytes) -> None:
+        """Send the only message of a call, which the server's first window holds."""
+        self.send(_frame(DATA, _END_STREAM, stream, struct.pack("!BI", 0, len(content)) + content))
 
     def send_message_part(self, stream: int, announced: int, count: int, within: float) -> int:
         """Begin a message of `announced` bytes and send `count` of them, as far as the server's windows let it.
@@ -112,7 +122,7 @@ class Http2Client:
                     self._windows[stream] += more
             elif kind == SETTINGS and not flags & _ACK:
                 for number, value in struct.iter_unpack("!HI", payload):
-                    if number == 4:
+                    if number == _INITIAL_WINDOW:
                         for each in self._windows:
                             self._windows[each] += value - self._initial_window
                         self._initial_window = value
