@@ -38,10 +38,9 @@ class Reloaded(Generic[T]):
         self._load = load
         self._lock = threading.Lock()
         try:
-            self._value, self._files = load()
+            self._value, self._files, self._seen = self._made(())
         except OSError as error:
             raise CredentialsError(_unreadable(error)) from error
-        self._seen = _signature(self._files)
         self._looked = time.monotonic()
         CREDENTIALS_BROKEN.labels(what).set(0)
 
@@ -61,7 +60,7 @@ class Reloaded(Generic[T]):
         if before == self._seen:
             return
         try:
-            value, files = self._load()
+            value, files, seen = self._made(self._files)
         except (CredentialsError, OSError) as error:
             self._seen = before
             CREDENTIALS_RELOADS.labels(self._what, "failed").inc()
@@ -69,12 +68,24 @@ class Reloaded(Generic[T]):
             why = str(error) if isinstance(error, CredentialsError) else _unreadable(error)
             _log.error(f"the new {self._what} can't be used, the old stays", why=why)
             return
-        if files == self._files and _signature(files) != before:
+        if _signature(files) != seen:
             return  # they changed while they were read, and may not belong together: looked at again
-        self._value, self._files, self._seen = value, files, _signature(files)
+        self._value, self._files, self._seen = value, files, seen
         CREDENTIALS_RELOADS.labels(self._what, "ok").inc()
         CREDENTIALS_BROKEN.labels(self._what).set(0)
         _log.info(f"new {self._what}")
+
+    def _made(self, files: Sequence[Path]) -> tuple[T, Sequence[Path], _Signature]:
+        """The value, its files, and how they were before it was made; `files`: which they were the last time.
+
+        What changes from then on is seen at the next look, whenever it happens.
+        """
+        while True:
+            before = _signature(files)
+            value, read = self._load()
+            if read == files:
+                return value, read, before
+            files = read
 
 
 def _signature(files: Sequence[Path]) -> _Signature:

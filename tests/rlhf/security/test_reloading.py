@@ -104,3 +104,39 @@ def test_files_that_change_while_they_are_read_are_read_once_more(tmp_path: Path
 def test_a_file_that_is_missing_at_the_start_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(CredentialsError, match=r"absent: No such file"):
         text_of(tmp_path / "absent")
+
+
+def test_what_changes_while_it_is_read_for_the_first_time_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("one")
+    changes = iter([b"two", b"three"])
+
+    def load() -> tuple[str, Sequence[Path]]:
+        text = file.read_text()
+        if (new := next(changes, None)) is not None:
+            replace(file, new)
+        return text, [file]
+
+    text = Reloaded("changing thing", load)
+    assert text.current() == "three"
+
+
+def test_a_change_after_other_files_came_into_play_is_seen(tmp_path: Path) -> None:
+    index, files = tmp_path / "index", [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text(f"{file.name} old")
+    index.write_text("a")
+    changes = {"b": b"b new"}
+
+    def load() -> tuple[str, Sequence[Path]]:
+        file = tmp_path / index.read_text()
+        text = file.read_text()
+        if (new := changes.pop(file.name, None)) is not None:
+            replace(file, new)
+        return text, [index, file]
+
+    text = Reloaded("moving thing", load)
+    assert text.current() == "a old"
+    replace(index, b"b")
+    text.current()
+    assert text.current() == "b new"
