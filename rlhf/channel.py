@@ -107,8 +107,9 @@ def open_channel(
         ("grpc.http2.max_pings_without_data", 0),
         # gRPC's own maximum of two minutes would hide a restarted server that long.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # How long an attempt to connect may take, TLS included; gRPC's 20 seconds would outlast a lost node's return.
+        ("grpc.min_reconnect_backoff_ms", 5000),
     ]
     if is_loopback(target):
         # A proxy from the environment can't reach this machine's loopback.

@@ -49,7 +49,8 @@ class Patience:
 class Session:
     """Calls to the server under test, in a training run of their own.
 
-    timeout: deadline of an ordinary call. patience: seconds to wait for PENDING samples, and for an overloaded server.
+    timeout: deadline of an ordinary call. patience: seconds to wait for PENDING samples, and for an overloaded server,
+    from its first answer on.
     """
 
     def __init__(
@@ -199,9 +200,10 @@ class Session:
 
     async def settled(self, request: reward_pb2.ScoreRequest, **call: Any) -> Exchange:
         """The exchange in which the server neither was overloaded nor away; the last one when patience ends."""
-        since = time.monotonic()
+        since: float | None = None
         while True:
             exchange = await self.score(request, **call)
+            since = since or time.monotonic()  # what the first answer took says nothing of those to come
             status = exchange.status
             if status is None or not status.passing or (exchange.mistake and status.code in exchange.mistake.codes):
                 return exchange
@@ -228,11 +230,12 @@ class Session:
         self, samples: Sequence[reward_pb2.Sample], *, headers: Headers = (), **fields: Any
     ) -> list[reward_pb2.SampleResult]:
         """The final result of each sample, in their order; PENDING ones are asked for again."""
-        since = time.monotonic()
+        since: float | None = None
         final: dict[str, reward_pb2.SampleResult] = {}
         asked = list(samples)
         while True:
             exchange = await self.answered(self.request(asked, **fields), headers=headers)
+            since = since or time.monotonic()
             pending = {}
             for sample, result in exchange.judgements():
                 if result.HasField("pending"):

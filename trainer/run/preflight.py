@@ -381,10 +381,10 @@ class Preflight:
             )
         try:
             await self._servers.policy.wait_ready(within=_SERVING_SECONDS)
-        except TimeoutError:
+        except TimeoutError as error:
             raise NotCheckedError(
-                "not compared, because the policy server gives none before a trainer has published (--managed); they "
-                "are compared after the first publish"
+                f"not compared, because {error} (a --managed server before a trainer has published); they are compared "
+                "after the first publish"
             ) from None
         agreement = self._agreement(self._servers.policy, models)
         logprobs = await asyncio.to_thread(agreement.probe.logprobs_by, self.learner)
