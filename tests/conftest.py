@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.processes import StartProcess, process_factory
 
@@ -14,6 +15,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal bits are promised on the CPU on
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in several processes on few cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# How long an example takes says nothing, on a machine that has other work.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 @pytest.fixture

@@ -249,15 +249,20 @@ class _Runs:
         _pin(trainer, cpus)
         ends: list[float] = []
         lines: list[str] = []
-        while (code := trainer.poll()) is None:
+        code = None
+        while code is None:
+            code = trainer.poll()
             lines = metrics.read_text().splitlines() if (metrics := run_dir / "metrics.jsonl").exists() else []
             ends += [time.perf_counter()] * (len(lines) - len(ends))
             await asyncio.sleep(0.01)
         if code != 0:
             raise RuntimeError(trainer.log_text()[-4000:])
+        steps = [json.loads(line) for line in lines]
         return [
             Iteration(
-                ends[step] - ends[step - 1], {phase: json.loads(lines[step])[f"time/{phase}"] for phase in _PHASES}
+                # At least the trainer's own part of it, if two lines were seen at once.
+                max(ends[step] - ends[step - 1], steps[step]["time/step"]),
+                {phase: steps[step][f"time/{phase}"] for phase in _PHASES},
             )
             for step in range(WARM_UP, work.steps)
         ]

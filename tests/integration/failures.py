@@ -13,18 +13,33 @@ from tests.integration.training import World, assert_accounted_once, metric
 from tests.support.judge import Manner
 from tests.support.processes import ProcessUnderTest, wait_for
 
+EVALUATION, STEP = 4, 8
+"""Samples of an evaluation and of a step, unless a test says otherwise."""
+
 
 class Judge:
-    """A reward server of the world's reward that remembers nothing, and what it has given to whom."""
+    """A reward server of the world's reward that remembers nothing, and what it has given to whom.
+
+    A run that it holds back, by `allow`, is where a test needs it to be for as long as that takes.
+    """
 
     def __init__(
-        self, world: World, name: str, manner: Manner = Manner.WELL, env: dict[str, str] | None = None
+        self,
+        world: World,
+        name: str,
+        manner: Manner = Manner.WELL,
+        *,
+        allow: int | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
+        """`allow`: as the method; None = all."""
         self._world = world
         self._env = env
         self._log = world.folder / f"{name}.given"
         self._gate = world.folder / f"{name}.allowed"
         self._held = self._gate.with_suffix(".held")
+        if allow is not None:
+            self.allow(allow)
         self.server = self._start(manner)
 
     def restart(self, manner: Manner = Manner.WELL) -> None:
@@ -46,6 +61,10 @@ class Judge:
         temporary.write_text(str(samples))
         temporary.replace(self._gate)
 
+    def allow_all(self) -> None:
+        """Answer whatever comes, and what waits."""
+        self.allow(10**6)
+
     def holds(self) -> None:
         """Until a call waits for more to be allowed; by then every call before it is answered, as far as it knows."""
         wait_for(self._held.exists, within=120, what="call that waits at the judge")
@@ -56,7 +75,8 @@ class Judge:
 
     def given(self, run: str) -> list[tuple[str, float]]:
         """Sample id and reward of each result that it has made for `run`, in their order."""
-        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        written = self._log.read_text()
+        lines = [json.loads(line) for line in written[: written.rfind("\n") + 1].splitlines()]
         return [(sample_id, reward) for sample_id, reward in lines if sample_id.startswith(f"{run}/")]
 
     def _start(self, manner: Manner, listen: str = "127.0.0.1:0") -> ProcessUnderTest:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.training import World, assert_finished
+from tests.integration.training import World, assert_finished, metric
 from tests.support.processes import ROOT, wait_for
 from tests.support.prometheus import Prometheus, announce, prometheus
 
@@ -71,6 +71,9 @@ def watched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             world.policy.address,
         ]
         subprocess.run(stream, check=True, capture_output=True, timeout=60)
+        first_messages = "rlhf_policy_first_message_seconds_count"
+        streams = metric(world.policy, first_messages)
+        wait_for(lambda: server.query(f"{first_messages} >= {streams}"), within=30, what="scrape after the stream")
         assert_finished(trainer)
         yield Watched(server, start, time.time())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.failures import Judge, assert_nothing_lost, steps_made, waits_for
+from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, steps_made, waits_for
 from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, published
 from tests.support.judge import Manner
 from tests.support.proxy import Proxy
@@ -41,13 +41,12 @@ def test_three_failed_calls_of_ten_cost_time_alone(world: World, uninterrupted: 
 
 
 def test_an_answer_after_the_deadline_counts_for_nothing(world: World) -> None:
-    judge = Judge(world, "late", Manner.DRIFTING)
-    judge.allow(4 + 8)  # the evaluation and a step
+    judge = Judge(world, "late", Manner.DRIFTING, allow=EVALUATION + STEP)
     with Proxy(judge.server.address) as line:
-        trainer = world.trainer("late", reward=judge.server, reward_server=line.address, reward_timeout=2.0)
+        trainer = world.trainer("late", reward=judge.server, reward_server=line.address, reward_timeout=6.0)
         judge.holds()
-        line.delay_seconds = 2.5
-        judge.allow(10**6)
+        line.delay_seconds = 7.0
+        judge.allow_all()
         waits_for(trainer, "reward")
         line.delay_seconds = 0
         assert_finished(trainer)
@@ -60,10 +59,11 @@ def test_an_answer_after_the_deadline_counts_for_nothing(world: World) -> None:
 
 @pytest.mark.slow
 def test_a_reward_server_that_stands_still_is_waited_for(world: World, uninterrupted: str) -> None:
-    judge = Judge(world, "still")
+    judge = Judge(world, "still", allow=EVALUATION + STEP)
     trainer = world.trainer("still", reward=judge.server, reward_timeout=1.0)
-    steps_made(world, "still", 1)
+    judge.holds()
     judge.server.signal(signal.SIGSTOP)
+    judge.allow_all()
     waits_for(trainer, "reward")
     judge.server.signal(signal.SIGCONT)
 
@@ -86,9 +86,11 @@ def test_a_malformed_answer_ends_the_run_by_name_and_a_mended_server_goes_on(
     world: World, uninterrupted: str, manner: Manner
 ) -> None:
     run = manner.value
-    judge = Judge(world, run)
+    judge = Judge(world, run, allow=EVALUATION + STEP)
     trainer = world.trainer(run, reward=judge.server)
     steps_made(world, run, 1)
+    judge.server.kill()
+    judge.allow_all()
     judge.restart(manner)
 
     assert trainer.wait_exit(within=120) == 1
@@ -101,13 +103,12 @@ def test_a_malformed_answer_ends_the_run_by_name_and_a_mended_server_goes_on(
 
 
 def test_a_reward_server_killed_in_mid_run_is_waited_for(world: World, uninterrupted: str) -> None:
-    judge = Judge(world, "killed")
-    judge.allow(4 + 8 + 3)  # the evaluation, a step, and not all of the second
+    judge = Judge(world, "killed", allow=EVALUATION + STEP + 3)
     trainer = world.trainer("killed", reward=judge.server)
     judge.holds()
     judge.server.kill()
     waits_for(trainer, "reward")
-    judge.allow(10**6)
+    judge.allow_all()
     judge.restart()
 
     assert_finished(trainer)

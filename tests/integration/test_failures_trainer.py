@@ -10,25 +10,26 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.integration.failures import Judge, assert_nothing_lost, journal_lines
+from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, journal_lines
 from tests.integration.training import World, assert_finished, assert_same_bits, metric
 from tests.support.disks import files_of_at_most
 from tests.support.processes import ProcessUnderTest, wait_for
 
 KILLS = 30
-STEPS = 30
+STEPS = 40
 
 
 def test_no_answer_is_asked_for_again_after_a_kill(world: World, uninterrupted: str) -> None:
-    judge = Judge(world, "journal")
-    judge.allow(4 + 8 + 5)  # the evaluation, a step, and not all of the second
+    judge = Judge(world, "journal", allow=EVALUATION + STEP + 5)
     trainer = world.trainer("journal", reward=judge.server)
     judge.holds()
     # The evaluation's answers went with the first checkpoint.
-    wait_for(lambda: journal_lines(world, "journal") == len(judge.given("journal")) - 4, within=60, what="journal")
+    wait_for(
+        lambda: journal_lines(world, "journal") == len(judge.given("journal")) - EVALUATION, within=60, what="journal"
+    )
     trainer.kill()
     judge.holds_nothing()
-    judge.allow(10**6)
+    judge.allow_all()
     again = world.trainer("journal", "--resume", reward=judge.server)
 
     assert_finished(again)
@@ -40,13 +41,12 @@ def test_no_answer_is_asked_for_again_after_a_kill(world: World, uninterrupted: 
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_by_name_and_costs_nothing_before(
     world: World, uninterrupted: str
 ) -> None:
-    judge = Judge(world, "disk")
-    judge.allow(4 + 8)  # the evaluation and a step
+    judge = Judge(world, "disk", allow=EVALUATION + STEP)
     trainer = world.trainer("disk", reward=judge.server)
     checkpoints = world.folder / "disk" / "checkpoints"
     wait_for((checkpoints / "step-000001").exists, within=120, what="first checkpoint")
     with files_of_at_most(100_000, pid=trainer.pid):  # less than the weights take, more than any other file
-        judge.allow(10**6)
+        judge.allow_all()
         assert trainer.wait_exit(within=120) == 1
     assert f"can't write {checkpoints / 'step-000002'}" in trainer.log_text()
     assert "Traceback" not in trainer.log_text()
@@ -59,12 +59,11 @@ def test_a_disk_that_is_full_at_a_checkpoint_ends_the_run_by_name_and_costs_noth
 
 @pytest.mark.slow
 def test_a_trainer_that_stood_still_beyond_every_deadline_goes_on(world: World, uninterrupted: str) -> None:
-    judge = Judge(world, "frozen")
-    judge.allow(4 + 8 + 3)
+    judge = Judge(world, "frozen", allow=EVALUATION + STEP + 3)
     trainer = world.trainer("frozen", reward=judge.server, reward_timeout=1.0, policy_timeout=2.0)
     judge.holds()
     trainer.signal(signal.SIGSTOP)
-    judge.allow(10**6)
+    judge.allow_all()
     time.sleep(3)  # longer than both deadlines: that time passes is what is tested here, not waited for
     trainer.signal(signal.SIGCONT)
 

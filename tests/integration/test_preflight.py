@@ -400,7 +400,7 @@ async def test_all_mistakes_are_told_at_once(servers: Servers, tmp_path: Path) -
         policy_server=other_model(servers, "wider", vocab=300),
         data=servers.rows("empty", []),
         reward_server="127.0.0.1:1",
-        check_patience=2.0,
+        check_patience=5.0,
     )
     with_file(tmp_path / "run")
 
@@ -416,7 +416,7 @@ async def test_of_several_policy_servers_one_that_answers_is_enough_wherever_it_
 ) -> None:
     addresses = f"127.0.0.1:1,{servers.policy()}"
 
-    failed, passed, code = await checked(servers.settings(tmp_path / "run", policy_server=addresses, check_patience=4))
+    failed, passed, code = await checked(servers.settings(tmp_path / "run", policy_server=addresses, check_patience=10))
 
     assert (failed, code) == ({}, 0)
     assert passed["replicas"] == "1 of 2 can take the weights; when they come, the same is asked of 127.0.0.1:1"

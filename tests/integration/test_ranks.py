@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from tests.integration.failures import EVALUATION, STEP, Judge
 from tests.integration.training import World, assert_accounted_once, assert_finished
 from tests.support.processes import ProcessUnderTest, wait_for
 
@@ -56,18 +57,20 @@ def test_a_run_on_two_ranks_that_is_stopped_or_loses_one_ends_near_one_of_a_sing
     assert_finished(world.trainer(alone, **settings))
 
     two = {**settings, "sharding": sharding, "ranks": 2, "processes": 2}
-    trainer = world.trainer(run, **two, save_every=1 if victim >= 0 else 100)
+    judge = Judge(world, run, allow=EVALUATION + STEP)
+    trainer = world.trainer(run, **two, reward=judge.server, save_every=1 if victim >= 0 else 100)
     wait_for(lambda: trainer.poll() is not None or world.steps_done(run) >= 1, within=120, what="first step")
+    rank = wait_for(lambda: process_of(trainer, max(victim, 0)), within=20, what="process of the rank")
+    os.kill(rank, signal.SIGTERM if victim == STOPPED else signal.SIGKILL)
+    judge.allow_all()
     if victim == STOPPED:
-        os.kill(process_of(trainer, 0), signal.SIGTERM)
         trainer.wait_exit(within=90)
         assert re.search(r"exitcode\s*:\s*143", trainer.log_text()), trainer.log_text()[-4000:]
         assert list((world.folder / run / "checkpoints").iterdir()), trainer.log_text()[-4000:]
     else:
-        os.kill(process_of(trainer, victim), signal.SIGKILL)
         assert trainer.wait_exit(within=90) != 0
         assert victim or "another process of this run ended" in trainer.log_text(), trainer.log_text()[-4000:]
-    assert_finished(world.trainer(run, "--resume", **two))
+    assert_finished(world.trainer(run, "--resume", **two, reward=judge.server))
 
     assert_accounted_once(world, run)
     assert_near(world, run, alone)

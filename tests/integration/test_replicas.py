@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.failures import EVALUATION, STEP
 from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, metric
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, wait_for
@@ -24,7 +25,6 @@ def reward(prompts, completions, **columns):
         time.sleep(0.01)
     return [sum(text.count(letter) for letter in "aeiou ") / (1 + len(text)) for text in completions]
 """
-EVALUATION, STEP = 4, 8
 
 
 class Metered:
@@ -62,21 +62,22 @@ def stopped_in_mid_call(trainer: ProcessUnderTest, server: ProcessUnderTest) -> 
 def test_a_replica_killed_in_mid_rollout_loses_nothing_and_joins_again_when_it_is_back(
     world: World, uninterrupted: str
 ) -> None:
-    before_the_last_step = EVALUATION * 3 + STEP * 4
-    reward = Metered(world, "metered-killed", before_the_last_step)
+    reward = Metered(world, "metered-killed", EVALUATION + STEP)
     other = world.policy_server()
     other.wait_serving("rlhf.weights.v1.WeightsService")
     trainer = world.trainer(
         "replicas", reward=reward.server, policy_server=f"{world.policy.address},{other.address}", run_id="replicas"
     )
     wait_for(lambda: world.steps_done("replicas") >= 1, within=120, what="first step")
-    assert replicas(trainer, "usable") == 2
+    wait_for(lambda: replicas(trainer, "usable") == 2, within=60, what="both replicas")
+    reward.allow(EVALUATION * 2 + STEP * 3)
     wait_for(lambda: stopped_in_mid_call(trainer, other), within=60, what="call in flight to the other replica")
     other.kill()
     wait_for(lambda: replicas(trainer, "away") == 1, within=60, what="notice that the replica is away")
     assert metric(trainer, "rlhf_trainer_waiting", on="policy") == 0, "one replica is enough to go on"
-    wait_for(lambda: world.steps_done("replicas") == 4, within=60, what="steps without it")
+    wait_for(lambda: world.steps_done("replicas") == 3, within=60, what="steps without it")
     again = world.policy_server(listen=other.address)
+    again.wait_serving("rlhf.weights.v1.WeightsService")
     wait_for(lambda: replicas(trainer, "usable") == 2, within=60, what="the replica to join")
     reward.allow(10**6)
 
@@ -86,7 +87,7 @@ def test_a_replica_killed_in_mid_rollout_loses_nothing_and_joins_again_when_it_i
     assert world.accounting("replicas") == world.accounting(uninterrupted)
     assert "a policy server is away; the others go on" in trainer.log_text()
     assert "a policy server joined" in trainer.log_text()
-    assert generated(again) > 0, "the evaluation at the end used it"
+    assert generated(again) > 0
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from tests.integration.failures import EVALUATION, STEP, Judge
 from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, metric
 from tests.support.processes import wait_for
 
@@ -21,17 +22,19 @@ def assert_equal_runs(world: World, run: str, other: str) -> None:
 
 def test_a_run_that_is_stopped_then_killed_ends_like_one_that_was_left_alone(world: World, uninterrupted: str) -> None:
     run = "stopped"
-    trainer = world.trainer(run, save_every=100)
-    wait_for(lambda: world.steps_done(run) >= 1, within=120, what="first step")
+    judge = Judge(world, run, allow=EVALUATION + STEP + 3)
+    trainer = world.trainer(run, reward=judge.server, save_every=100)
+    judge.holds()
     trainer.signal(signal.SIGTERM)
+    judge.allow_all()
     assert trainer.wait_exit(within=60) == 143, trainer.log_text()
     stopped_at = world.steps_done(run)
     assert (world.folder / run / "checkpoints" / f"step-{stopped_at:06d}").is_dir()
 
-    killed = world.trainer(run, "--resume")
+    killed = world.trainer(run, "--resume", reward=judge.server)
     wait_for(lambda: world.steps_done(run) > stopped_at, within=120, what="another step")
     killed.kill()
-    assert_finished(world.trainer(run, "--resume"))
+    assert_finished(world.trainer(run, "--resume", reward=judge.server))
 
     assert_equal_runs(world, run, uninterrupted)
 
@@ -44,7 +47,7 @@ def test_a_run_killed_while_it_writes_ends_like_one_that_was_left_alone(
     world: World, uninterrupted: str, half_written: str
 ) -> None:
     # What is written here takes a few milliseconds, which a busy machine may sleep through.
-    for attempt in range(3):
+    for attempt in range(6):
         run = f"killed-writing-{half_written.strip('.*').replace('/', '-')}-{attempt}"
         folder = world.folder / run
         trainer = world.trainer(run)
@@ -55,7 +58,7 @@ def test_a_run_killed_while_it_writes_ends_like_one_that_was_left_alone(
         if list(folder.glob(half_written)):
             break
     else:
-        pytest.fail("three runs wrote faster than this test could kill them")
+        pytest.fail("six runs wrote faster than this test could kill them")
 
     assert_finished(world.trainer(run, "--resume"))
 
@@ -66,13 +69,20 @@ def test_a_run_killed_while_it_writes_ends_like_one_that_was_left_alone(
 @pytest.mark.slow
 def test_a_run_killed_while_it_publishes_ends_like_one_that_was_left_alone(world: World, uninterrupted: str) -> None:
     run = "killed-publishing"
-    trainer = world.trainer(run)
+    judge = Judge(world, run, allow=EVALUATION + STEP)
+    trainer = world.trainer(run, reward=judge.server)
 
     def times(phase: str) -> float:
         return metric(trainer, "rlhf_trainer_phase_seconds_count", phase=phase)
 
-    wait_for(lambda: times("rollout") >= 2, within=120, what="second rollout")
-    world.policy.signal(signal.SIGSTOP)  # during the update that follows: its publish can't end
+    def asks_the_policy() -> bool:
+        # One call begins where another ends: none is seen three times.
+        return any(metric(trainer, "rlhf_trainer_policy_calls_in_flight") > 0 for _ in range(3))
+
+    judge.holds()
+    wait_for(lambda: not asks_the_policy(), within=60, what="end of the second step's calls to the policy")
+    world.policy.signal(signal.SIGSTOP)  # before the update: its publish can't end
+    judge.allow_all()
     try:
         wait_for(lambda: times("learn") >= 2, within=60, what="second update")
         assert times("publish") == 2, "the server was stopped too late: after the publishes of the start and two steps"
@@ -80,6 +90,6 @@ def test_a_run_killed_while_it_publishes_ends_like_one_that_was_left_alone(world
     finally:
         world.policy.signal(signal.SIGCONT)
 
-    assert_finished(world.trainer(run, "--resume"))
+    assert_finished(world.trainer(run, "--resume", reward=judge.server))
 
     assert_equal_runs(world, run, uninterrupted)

@@ -8,7 +8,8 @@ import statistics
 
 import pytest
 
-from tests.integration.training import World, assert_accounted_once, assert_finished, metric
+from tests.integration.failures import EVALUATION, STEP, Judge, steps_made, waits_for
+from tests.integration.training import World, assert_accounted_once, assert_finished
 from tests.support.processes import wait_for
 
 STEPS = 4
@@ -56,31 +57,34 @@ def test_every_step_says_how_stale_it_was_and_how_its_tokens_were_weighed(world:
 
 
 def test_prompts_of_rollouts_that_a_stop_threw_away_are_drawn_again(world: World) -> None:
-    trainer = world.trainer("ahead-stopped", reproducible=False, max_staleness=2, steps=STEPS, save_every=100)
-    wait_for(lambda: world.steps_done("ahead-stopped") >= 1, within=120, what="first step")
+    ahead = {"reproducible": False, "max_staleness": 2, "steps": STEPS}
+    judge = Judge(world, "ahead-stopped", allow=EVALUATION + 2 * STEP)  # of several steps, in no order
+    trainer = world.trainer("ahead-stopped", reward=judge.server, save_every=100, **ahead)
+    judge.holds()
+    steps_made(world, "ahead-stopped", 1)
     trainer.signal(signal.SIGTERM)
+    judge.allow_all()
     assert trainer.wait_exit(within=60) == 143, trainer.log_text()
     stopped_at = world.steps_done("ahead-stopped")
     assert len(world.lines("ahead-stopped", "accounting.jsonl")) == stopped_at * 8
 
-    again = world.trainer("ahead-stopped", "--resume", reproducible=False, max_staleness=2, steps=STEPS, save_every=1)
+    again = world.trainer("ahead-stopped", "--resume", reward=judge.server, save_every=1, **ahead)
     wait_for(lambda: world.steps_done("ahead-stopped") > stopped_at, within=120, what="another step")
     again.kill()
-    assert_finished(world.trainer("ahead-stopped", "--resume", reproducible=False, max_staleness=2, steps=STEPS))
+    assert_finished(world.trainer("ahead-stopped", "--resume", reward=judge.server, **ahead))
 
     assert_accounted_once(world, "ahead-stopped")
     assert len(world.lines("ahead-stopped", "accounting.jsonl")) == STEPS * 8
 
 
 def test_a_policy_server_killed_while_the_learner_learns_gets_whole_weights(world: World) -> None:
-    trainer = world.trainer("ahead-killed", reproducible=False, max_staleness=1, steps=STEPS)
-    wait_for(lambda: world.steps_done("ahead-killed") >= 1, within=120, what="first step")
+    judge = Judge(world, "ahead-killed", allow=EVALUATION + 2 * STEP)
+    trainer = world.trainer("ahead-killed", reward=judge.server, reproducible=False, max_staleness=1, steps=STEPS)
+    judge.holds()
+    steps_made(world, "ahead-killed", 1)
     world.policy.kill()
-    wait_for(
-        lambda: trainer.poll() is not None or metric(trainer, "rlhf_trainer_waiting", on="policy") == 1,
-        within=60,
-        what="wait for the policy",
-    )
+    judge.allow_all()
+    waits_for(trainer, "policy")
     world.restart_policy()
 
     assert_finished(trainer)
@@ -89,6 +93,7 @@ def test_a_policy_server_killed_while_the_learner_learns_gets_whole_weights(worl
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # six runs, on a machine that may do other work
 def test_rollouts_that_run_ahead_learn_as_much_as_synchronous_ones(world: World) -> None:
     reward = world.reward_server(PRINTABLE, name="printable")
     # Whose rows share a batch.

@@ -50,10 +50,15 @@ def finished(world: World) -> tuple[World, dict[str, float]]:
     reward = world.reward_server(GATED, name="gated")
     before = published(world.policy)
     trainer = world.trainer("run", reward=reward, steps=STEPS)
-    wait_for(lambda: trainer.poll() is not None or world.steps_done("run") == 2, within=120, what="second step")
+
+    def trained() -> float:
+        return metric(trainer, "rlhf_trainer_samples_trained_total")
+
+    # What a step's metrics end with.
+    wait_for(lambda: trained() == 2 * ROWS_PER_STEP, within=120, what="second step")
     names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
     seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
-    seen["trained"] = metric(trainer, "rlhf_trainer_samples_trained_total")
+    seen["trained"] = trained()
     seen["waiting"] = metric(trainer, "rlhf_trainer_waiting")
     seen["rollouts timed"] = metric(trainer, "rlhf_trainer_phase_seconds_count", phase="rollout")
     seen["publishes at the server"] = published(world.policy) - before

@@ -92,7 +92,7 @@ class Started:
             url = f"http://{self.addresses[name]}:{ports.get(port, port)}{asked['httpGet']['path']}"
             with urllib.request.urlopen(url, timeout=5) as answer:
                 return bool(answer.status == 200)
-        except urllib.error.URLError:
+        except OSError:
             return False
 
     def wait(self, name: str, *probes: str) -> None:

@@ -78,7 +78,7 @@ def test_a_function_that_hangs_does_not_keep_a_stopped_server_alive(tmp_path: Pa
             wait_for(marker.exists, within=10, what="start of the reward function")
             began = time.monotonic()
             assert server.terminate() == 0
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 30
             assert isinstance(call.exception(), grpc.RpcError)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -365,10 +366,21 @@ async def test_a_call_larger_than_the_queue_gets_in_when_the_queue_is_empty(serv
     assert len((await stub.Score(request(*(sample(str(i)) for i in range(5))))).results) == 5
 
 
+async def answered_in_time(ask: Callable[[], Any]) -> reward_pb2.ScoreResponse:
+    """The server leaves a tenth of the deadline to bring the answer back, which a busy machine may use up."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                response: reward_pb2.ScoreResponse = await ask()
+                return response
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+
+
 async def test_what_takes_longer_than_the_deadline_is_pending_and_is_judged_once(serve: Serve) -> None:
     stub = await serve("waits", batch_size=1)
-    # A tenth of the deadline is left to bring the answer back, which on a busy machine must be more than a moment.
-    response = await stub.Score(request(sample("a"), sample("b")), timeout=3)
+    response = await answered_in_time(lambda: stub.Score(request(sample("a"), sample("b")), timeout=3))
     assert outcomes(response) == {"a": "pending", "b": "pending"}
     assert all(result.pending.retry_after.ToTimedelta().total_seconds() > 0 for result in response.results)
     example_rewards.gate.set()

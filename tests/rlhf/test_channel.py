@@ -135,7 +135,7 @@ async def test_cancelling_the_caller_ends_the_call_and_the_retries(serve: Serve)
         task = asyncio.create_task(
             call_with_retry(lambda: served.stub.unary_unary({"wait_seconds": 60}), policy=FAST, what="server")
         )
-        await asyncio.wait_for(served.servicer.began.wait(), 5)
+        await asyncio.wait_for(served.servicer.began.wait(), 20)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -148,7 +148,9 @@ async def test_an_attempts_deadline_is_not_the_end(serve: Serve) -> None:
     async with serve() as served:
         waits = iter([60, 0])
         answer = await call_with_retry(
-            lambda: served.stub.unary_unary({"wait_seconds": next(waits)}, timeout=0.2), policy=FAST, what="server"
+            lambda: served.stub.unary_unary({"wait_seconds": (wait := next(waits))}, timeout=0.2 if wait else 20),
+            policy=FAST,
+            what="server",
         )
 
     assert answer == {"wait_seconds": 0}
@@ -161,15 +163,15 @@ async def test_calls_outlive_a_server_that_goes_and_comes_back(serve: Serve) -> 
         waiting = asyncio.Event()
         call = asyncio.create_task(
             call_with_retry(
-                lambda: Stub(channel).unary_unary({"a": 1}, timeout=5),
+                lambda: Stub(channel).unary_unary({"a": 1}, timeout=20),
                 policy=FAST,
                 what="server",
                 on_wait=lambda _: waiting.set(),
             )
         )
-        await asyncio.wait_for(waiting.wait(), 5)
+        await asyncio.wait_for(waiting.wait(), 20)
         async with serve(listen=address):
-            assert await asyncio.wait_for(call, 10) == {"a": 1}
+            assert await asyncio.wait_for(call, 30) == {"a": 1}
 
 
 async def test_a_channel_without_calls_pings_only_where_it_may() -> None:
@@ -258,15 +260,16 @@ async def test_waiting_ends_when_the_service_is_ready(serve: Serve) -> None:
 async def test_waiting_in_vain_ends_with_on_whom_and_why(serve: Serve, service: str, reason: str) -> None:
     async with serve() as served:
         served.server.set_serving(SERVICE, False)
-        message = f"policy server p:1 was not ready within 1 seconds: .*{reason}"
+        await served.channel.channel_ready()
+        message = f"policy server p:1 was not ready within 2 seconds: .*{reason}"
         with pytest.raises(TimeoutError, match=message):
-            await wait_until_ready(served.channel, service, what="policy server", target="p:1", timeout=1)
+            await wait_until_ready(served.channel, service, what="policy server", target="p:1", timeout=2)
 
 
 async def test_waiting_for_nobody_says_that_nobody_is_there() -> None:
     async with open_channel("127.0.0.1:1") as channel:
         with pytest.raises(TimeoutError, match=r"UNAVAILABLE.*refused"):
-            await wait_until_ready(channel, "", what="server", timeout=0.3)
+            await wait_until_ready(channel, "", what="server", timeout=3)
 
 
 async def test_a_server_without_health_is_told_at_once() -> None:

@@ -104,7 +104,7 @@ async def test_streamed_requests_are_counted_one_by_one(serve: Serve) -> None:
 async def test_a_caller_that_cancels_interrupts_the_handler(serve: Serve, method: str) -> None:
     async with serve() as served:
         call = asyncio.create_task(result_of(_call(served, method, {"wait_seconds": 60})))
-        await asyncio.wait_for(served.servicer.began.wait(), 5)
+        await asyncio.wait_for(served.servicer.began.wait(), 20)
         call.cancel()
 
         await _counted(served, method, "CANCELLED")
@@ -114,7 +114,8 @@ async def test_a_caller_that_cancels_interrupts_the_handler(serve: Serve, method
 @pytest.mark.parametrize("method", KINDS)
 async def test_a_deadline_interrupts_the_handler(serve: Serve, method: str) -> None:
     async with serve() as served:
-        error = await failure_of(_call(served, method, {"wait_seconds": 60}, timeout=1))
+        await served.channel.channel_ready()
+        error = await failure_of(_call(served, method, {"wait_seconds": 60}, timeout=2))
 
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         # The server's deadline began when the call arrived; on a busy machine the caller's reset comes clearly before.

@@ -38,14 +38,14 @@ def livez(url: str) -> int:
 
 
 async def test_livez_fails_when_the_event_loop_stands_still_and_not_when_it_waits() -> None:
-    pulse = Pulse(limit=1.5)
+    pulse = Pulse(limit=3.0)
     endpoint = serve_metrics("auto", CollectorRegistry(), pulse=pulse)
     assert endpoint is not None
     pulse.begin()
 
-    await asyncio.sleep(1.6)  # longer than the limit, in which the loop turned
+    await asyncio.sleep(3.1)  # longer than the limit, in which the loop turned
     assert await asyncio.to_thread(livez, endpoint.url) == 200
-    time.sleep(1.6)  # noqa: ASYNC251 - the loop is to stand still
+    time.sleep(3.1)  # noqa: ASYNC251 - the loop is to stand still
     assert livez(endpoint.url) == 503
     await asyncio.to_thread(endpoint.close)
 

@@ -35,6 +35,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
     """What a receiver got; all of it once the `exporting` that tells it has ended."""
     for name, value in SOON.items():
         monkeypatch.setenv(name, value)
+    # Nothing is to be lost because this machine is busy.
+    monkeypatch.setattr("rlhf.otlp._FLUSH_SECONDS", 30.0)
     with receiver() as told:
         yield told
 
@@ -190,6 +192,7 @@ def test_https_is_tls_with_the_authority_that_the_environment_names(
     cert, key = authority.issue("localhost", "127.0.0.1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(authority.bundle))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20a-token")
+    monkeypatch.setattr("rlhf.otlp._FLUSH_SECONDS", 30.0)
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
     with (
         receiver(credentials=credentials) as told,

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, async_playwright, expect
 
 from tests.support.debian import required
 
@@ -19,6 +19,9 @@ _ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+# What a page shows at last, it may show seconds later on a busy machine.
+expect.set_options(timeout=20_000)
 
 
 @asynccontextmanager

@@ -17,8 +17,7 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 class Proxy:
     """Forwards connections to `target` ("host:port"), as a context; every attribute may change at any time.
 
-    bytes_per_second, delay_seconds: each way of each connection, the second for each piece on its way back. damages: in
-    how many of the next large pieces on their way there one bit is turned.
+    bytes_per_second, delay_seconds: each way of each connection, the second for each piece on its way back.
     """
 
     def __init__(self, target: str) -> None:
@@ -26,6 +25,8 @@ class Proxy:
         self.bytes_per_second = float("inf")
         self.delay_seconds = 0.0
         self.damages = 0
+        """How often `damage` has still to be done."""
+        self._fragile = b""
         self.passed = 0
         self._flows = threading.Event()
         self._flows.set()
@@ -33,6 +34,10 @@ class Proxy:
         self._sockets: set[socket.socket] = set()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def damage(self, content: bytes, *, times: int) -> None:
+        """Turn one bit in the middle of `content` the next so many times that it passes on its way there, unparted."""
+        self._fragile, self.damages = content, times
 
     def stall(self, *, after: int = 0) -> None:
         """A partition: connections stay open, new ones are taken, and nothing comes through once `after` bytes have."""
@@ -112,8 +117,9 @@ class Proxy:
         source.close()
 
     def _damaged(self, piece: bytes) -> bytes:
-        if not self.damages or len(piece) < _PIECE // 2:
+        found = piece.find(self._fragile) if self.damages else -1
+        if found < 0:
             return piece
         self.damages -= 1
-        middle = len(piece) // 2
+        middle = found + len(self._fragile) // 2
         return piece[:middle] + bytes([piece[middle] ^ 1]) + piece[middle + 1 :]

@@ -98,13 +98,13 @@ def test_nobody_behind_it_looks_like_a_reset(proxy: Proxy) -> None:
         connection.recv(1)
 
 
-def test_damage_turns_one_bit_of_as_many_large_pieces_as_asked(proxy: Proxy) -> None:
-    proxy.damages = 1
+def test_damage_turns_one_bit_of_what_is_named_as_often_as_asked(proxy: Proxy) -> None:
+    proxy.damage(b"fragile", times=1)
     with connect(proxy) as connection:
-        assert echoed(connection, b"small") == b"small"
-        damaged = echoed(connection, LARGE)
-        assert sum((a ^ b).bit_count() for a, b in zip(damaged, LARGE, strict=True)) == 1
-        assert echoed(connection, LARGE) == LARGE
+        assert echoed(connection, b"sturdy") == b"sturdy"
+        assert echoed(connection, b"so fragile.") == b"so fra" + bytes([ord("g") ^ 1]) + b"ile."
+        assert proxy.damages == 0
+        assert echoed(connection, b"so fragile.") == b"so fragile."
 
 
 def test_a_slow_line_takes_its_time(proxy: Proxy) -> None:

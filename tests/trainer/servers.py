@@ -204,6 +204,9 @@ class MemoryWeights(weights_pb2_grpc.WeightsServiceServicer):
                     self.updates.append(begin)
                     if self.fail_after_begin:
                         failure = self.fail_after_begin.pop(0)
+                        # A server that answers while its caller still sends may be heard as INTERNAL.
+                        async for _ in request_iterator:
+                            pass
                         if isinstance(failure, RpcFailure):
                             await context.abort(*to_status(failure))
                         else:

@@ -61,8 +61,17 @@ class Gathered:
         assert sum(span.token_count for span in delta.spans) == len(delta.token_ids)
 
 
+@dataclass(frozen=True)
+class _Hold:
+    """Where the engine's thread stands still, until the gate opens."""
+
+    phase: Phase
+    at: int
+    gate: threading.Event = field(default_factory=threading.Event)
+
+
 class Watcher(SilentObserver):
-    """Remembers what the engine told, and can hold the engine's thread between two decode steps."""
+    """Remembers what the engine told, and can hold the engine's thread between two decode steps or micro-batches."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -72,18 +81,20 @@ class Watcher(SilentObserver):
         self.waiting = 0
         self.finish_reasons: list[FinishReason] = []
         self.by_phase: dict[Phase, int] = dict.fromkeys(Phase, 0)
-        self._gate = threading.Event()
-        self._gate.set()
-        self._pause_at: int | None = None
+        self.turns: list[Phase] = []
+        """Decode steps and scored micro-batches, as they came."""
+        self._hold: _Hold | None = None
 
-    def pause_after(self, steps: int) -> None:
-        """Hold the thread when it has done so many decode steps."""
-        self._pause_at = len(self.decoded_batches) + steps
-        self._gate.clear()
+    def pause_after(self, turns: int, phase: Phase = Phase.DECODE) -> None:
+        """Hold the thread when it has taken so many more turns of `phase`; where it is held now, it goes on."""
+        before, self._hold = self._hold, _Hold(phase, self.turns.count(phase) + turns)
+        if before is not None:
+            before.gate.set()
 
     def resume(self) -> None:
-        self._pause_at = None
-        self._gate.set()
+        before, self._hold = self._hold, None
+        if before is not None:
+            before.gate.set()
 
     def queued(self, *, generations: int, scorings: int) -> None:
         self.waiting = generations + scorings
@@ -95,11 +106,12 @@ class Watcher(SilentObserver):
 
     def tokens(self, phase: Phase, count: int) -> None:
         self.by_phase[phase] += count
+        if phase is Phase.SCORE:
+            self._took_a_turn(phase)
 
     def decode_step(self, *, seconds: float, rows: int) -> None:
         self.decoded_batches.append(rows)
-        if self._pause_at is not None and len(self.decoded_batches) >= self._pause_at:
-            assert self._gate.wait(30)
+        self._took_a_turn(Phase.DECODE)
 
     def finished(self, reason: FinishReason) -> None:
         self.finish_reasons.append(reason)
@@ -109,7 +121,14 @@ class Watcher(SilentObserver):
 
     @property
     def held(self) -> bool:
-        return self._pause_at is not None and len(self.decoded_batches) >= self._pause_at
+        hold = self._hold
+        return hold is not None and self.turns.count(hold.phase) >= hold.at
+
+    def _took_a_turn(self, phase: Phase) -> None:
+        self.turns.append(phase)
+        hold = self._hold
+        if hold is not None and hold.phase is phase and self.turns.count(phase) >= hold.at:
+            assert hold.gate.wait(30)
 
 
 @asynccontextmanager

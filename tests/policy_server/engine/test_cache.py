@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
@@ -63,7 +63,6 @@ def contents(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_it_holds_what_a_layer_that_copies_holds(data: st.DataObject) -> None:
     def whole(least: int, most: int) -> int:

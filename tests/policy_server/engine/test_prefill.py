@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from policy_server.engine.protocol import FinishReason, InFlight, Priority, VersionSpan
+from policy_server.engine.batch import BatchEngine
+from policy_server.engine.protocol import FinishReason, InFlight, Priority, TokenStream, VersionSpan
 from tests.policy_server.engine.architectures import CONFIGS, EOS, VOCAB, loaded, make_model
 from tests.policy_server.engine.harness import FIRST, INITIAL, Watcher, generate, request, running, until
 
@@ -66,13 +67,23 @@ async def test_greedy_tokens_are_those_of_transformers_in_pieces_and_whole_alone
                 assert await asyncio.gather(*map(greedy, lengths)) == [tokens[length] for length in lengths]
 
 
+async def held_in_its_run(engine: BatchEngine, watcher: Watcher) -> TokenStream:
+    """A completion of 120 tokens, at whose first step the engine stands still."""
+    watcher.pause_after(1)
+    runs = engine.submit(request([1], max_new_tokens=120, min_new_tokens=120))
+    await until(lambda: watcher.held)
+    return runs
+
+
 async def test_what_runs_gets_its_tokens_while_a_long_prompt_is_read() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), prefill_tokens=PIECE, observer=watcher) as engine:
-        runs = engine.submit(request([1], max_new_tokens=120, min_new_tokens=120))
-        await anext(runs)
+        runs = await held_in_its_run(engine, watcher)
         steps = len(watcher.decoded_batches)
-        [completion] = await generate(engine, request(LONG, max_new_tokens=1))
+        long = asyncio.create_task(generate(engine, request(LONG, max_new_tokens=1)))
+        await asyncio.sleep(0)
+        watcher.resume()
+        [completion] = await long
         assert len(watcher.decoded_batches) - steps >= len(LONG) // PIECE - 1
         await runs.aclose()
     assert len(completion.token_ids) == 1
@@ -81,9 +92,9 @@ async def test_what_runs_gets_its_tokens_while_a_long_prompt_is_read() -> None:
 async def test_an_urgent_prompt_is_read_before_the_rest_of_a_long_one() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), prefill_tokens=PIECE, observer=watcher) as engine:
-        runs = engine.submit(request([1], max_new_tokens=120, min_new_tokens=120))
-        await anext(runs)
+        runs = await held_in_its_run(engine, watcher)
         bulk = asyncio.create_task(generate(engine, request(LONG, name="bulk", max_new_tokens=1)))
+        await asyncio.sleep(0)
         watcher.pause_after(3)
         await until(lambda: watcher.held)
         person = asyncio.create_task(
@@ -100,19 +111,19 @@ async def test_an_urgent_prompt_is_read_before_the_rest_of_a_long_one() -> None:
 async def test_a_request_that_is_cancelled_while_its_prompt_is_read_holds_nothing() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), prefill_tokens=PIECE, observer=watcher) as engine:
-        runs = engine.submit(request([1], max_new_tokens=120, min_new_tokens=120))
-        await anext(runs)
+        runs = await held_in_its_run(engine, watcher)
         gone = engine.submit(request(LONG, name="gone", n=3, max_new_tokens=1))
         stays = asyncio.create_task(generate(engine, request(LONG[::-1], name="stays", max_new_tokens=2)))
+        await asyncio.sleep(0)
         watcher.pause_after(3)
         await until(lambda: watcher.held)
         await gone.aclose()
         watcher.resume()
         [kept] = await stays
+        assert watcher.cancelled_completions == 3
         await runs.aclose()
         await until(lambda: watcher.rows == 0)
         [alone] = await generate(engine, request(LONG[::-1], max_new_tokens=2))
-    assert watcher.cancelled_completions == 3 + 1
     assert kept.token_ids == alone.token_ids
 
 
@@ -124,9 +135,9 @@ async def test_a_swap_in_the_middle_of_a_prompt(in_flight: InFlight) -> None:
     asked = request(LONG, name="long", n=2, temperature=0.0, max_new_tokens=4)
     async with running(loaded(model), prefill_tokens=PIECE, observer=watcher, max_queue_requests=1) as engine:
         before = await generate(engine, asked)
-        runs = engine.submit(request([1], max_new_tokens=120, min_new_tokens=120))
-        await anext(runs)
+        runs = await held_in_its_run(engine, watcher)
         task = asyncio.create_task(generate(engine, asked))
+        await asyncio.sleep(0)
         watcher.pause_after(3)
         await until(lambda: watcher.held)
         swap = asyncio.create_task(engine.load_weights(new, FIRST, if_current=None, in_flight=in_flight))

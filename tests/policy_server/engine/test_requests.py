@@ -28,12 +28,14 @@ PROMPT = [1, 2]
 async def test_a_request_that_nobody_waits_for_gives_its_rows_back_within_a_step(how: str) -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), observer=watcher) as engine:
-        kept = asyncio.create_task(generate(engine, request([3], **LONG)))
-        stream = engine.submit(request([1, 2], name="left", n=5, **LONG))
-        await anext(stream)
-        await until(lambda: watcher.decoded_batches[-1:] == [6])
         watcher.pause_after(1)
+        kept = asyncio.create_task(generate(engine, request([3], **LONG)))
         await until(lambda: watcher.held)
+        stream = engine.submit(request([1, 2], name="left", n=5, **LONG))
+        watcher.pause_after(3)
+        await anext(stream)
+        await until(lambda: watcher.held)
+        assert watcher.decoded_batches[-1] == 6
         if how == "aclose":
             async with aclosing(stream):
                 pass
@@ -73,16 +75,19 @@ async def test_a_finished_or_unknown_request_is_not_cancelled() -> None:
 async def test_a_full_queue_refuses_with_a_time_to_come_back() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), max_batch_rows=1, max_queue_requests=2, observer=watcher) as engine:
+        watcher.pause_after(1)
         first = asyncio.create_task(generate(engine, request([1], **LONG)))
-        await until(lambda: watcher.rows == 1)
+        await until(lambda: watcher.held)
         others = [engine.submit(request([2], max_new_tokens=2)) for _ in range(2)]
         with pytest.raises(RpcFailure) as of_generation:
             engine.submit(request([3]))
         with pytest.raises(RpcFailure) as of_scoring:
             await engine.log_probs(ScoringRequest("r", "policy", [([1], [2])]))
         await others.pop().aclose()
+        watcher.pause_after(2)
         await until(lambda: watcher.waiting == 1)
         others.append(engine.submit(request([4], max_new_tokens=2)))
+        watcher.resume()
         await asyncio.gather(first, *map(_exhaust, others))
     for caught in (of_generation, of_scoring):
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -131,10 +136,11 @@ async def test_interactive_requests_pass_waiting_bulk_ones() -> None:
 )
 async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(error: Exception) -> None:
     model = make_model("gpt_neox")
-    failing = True
+    only_decoding_fails = False
 
-    def fail(*_: object) -> None:
-        if failing:
+    def fail(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        rows, tokens = inputs[0].shape[:2]
+        if rows * tokens == 1 or not only_decoding_fails:
             raise error
 
     async with running(loaded(model)) as engine:
@@ -143,10 +149,9 @@ async def test_a_forward_that_fails_fails_its_requests_and_the_engine_goes_on(er
             await generate(engine, request([1]))
         with pytest.raises(RpcFailure) as of_scores:
             await engine.log_probs(ScoringRequest("r", "policy", [([1], [2])]))
-        failing = False
-        stream = engine.submit(request([1], **LONG))
+        only_decoding_fails = True
+        stream = engine.submit(request([1, 2], **LONG))
         await anext(stream)
-        failing = True
         with pytest.raises(RpcFailure) as of_decoding:
             await _exhaust(stream)
         handle.remove()
@@ -207,11 +212,14 @@ async def test_a_row_that_cannot_be_made_fails_its_own_request_only(monkeypatch:
 async def test_a_fault_of_the_engine_itself_reaches_every_caller_and_the_engine_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with running(loaded(make_model("gpt2"))) as engine:
+    watcher = Watcher()
+    async with running(loaded(make_model("gpt2")), observer=watcher) as engine:
+        watcher.pause_after(1)
         stream = engine.submit(request([1], **LONG))
-        await anext(stream)
+        await until(lambda: watcher.held)
         with monkeypatch.context() as patch:
             patch.setattr(engine._worker, "_admit", lambda: 1 / 0)
+            watcher.resume()
             with pytest.raises(RpcFailure) as of_generation:
                 await _exhaust(stream)
             with pytest.raises(RpcFailure) as of_another:

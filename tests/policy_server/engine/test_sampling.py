@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from policy_server.engine.protocol import Sampling
@@ -28,7 +28,6 @@ settings_of_a_row = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(rows=st.lists(settings_of_a_row, min_size=1, max_size=5), seed=st.integers(0, 1000), position=st.integers(0, 5))
 def test_each_row_is_processed_as_transformers_processes_it_alone(
     rows: list[Sampling], seed: int, position: int
@@ -45,7 +44,6 @@ def test_each_row_is_processed_as_transformers_processes_it_alone(
         assert torch.equal(processed[index], expected)
 
 
-@settings(deadline=None)
 @given(
     temperature=st.floats(0, 2.0**127, width=32),
     penalty=st.floats(0, 2.0**127, width=32, exclude_min=True),
@@ -76,7 +74,6 @@ def test_rows_without_settings_are_not_touched() -> None:
     assert process(logits, [Draw(Sampling(), 0, 0)] * 2) is logits
 
 
-@settings(deadline=None)
 @given(seed=words, position=st.integers(0, 2**32))
 def test_a_uniform_is_below_one_and_a_function_of_seed_and_position(seed: int, position: int) -> None:
     def one(*pairs: tuple[int, int]) -> list[float]:
@@ -106,7 +103,6 @@ def test_the_random_stream_of_a_seed_never_changes() -> None:
     assert numbers.tolist() == [0.6524484863740322, 0.9825086362202393, 0.6133400032405981]
 
 
-@settings(deadline=None)
 @given(
     kept=st.sets(st.integers(0, VOCAB - 1), min_size=1),
     scale=st.sampled_from([0.01, 1.0, 30.0]),

@@ -104,14 +104,19 @@ async def test_the_reference_scores_with_its_own_weights() -> None:
 async def test_scores_and_decode_steps_take_turns() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), score_tokens=32, observer=watcher) as engine:
+        watcher.pause_after(1)
         stream = engine.submit(request([1, 2], max_new_tokens=120, min_new_tokens=120))
-        await anext(stream)
-        steps_before = len(watcher.decoded_batches)
+        await until(lambda: watcher.held)
         batches = plan(job := ScoringRequest("r", "policy", pairs(40)), max_tokens=32, one_by_one=False)
-        await engine.log_probs(job)
-        steps = len(watcher.decoded_batches) - steps_before
+        scoring = asyncio.create_task(engine.log_probs(job))
+        await asyncio.sleep(0)
+        watcher.resume()
+        await scoring
         await stream.aclose()
-    assert min(len(batches), 100) - 2 <= steps <= len(batches) + 2
+    assert len(batches) < 100
+    first = watcher.turns.index(Phase.SCORE)
+    taken = watcher.turns[first : first + 2 * len(batches) - 1]
+    assert taken == ([Phase.SCORE, Phase.DECODE] * len(batches))[:-1]
 
 
 def test_a_plan_keeps_the_budget_and_every_sequence() -> None:
@@ -154,13 +159,21 @@ async def test_an_unmet_precondition_fails_the_scores() -> None:
 async def test_a_cancelled_caller_gives_its_place_in_the_queue_back_while_another_is_scored() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), score_tokens=32, max_queue_requests=2, observer=watcher) as engine:
+        watcher.pause_after(1, Phase.SCORE)
         long = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", pairs(2000))))
-        await until(lambda: watcher.by_phase[Phase.SCORE] > 0)
+        await until(lambda: watcher.held)
         behind = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", pairs(1))))
-        await until(lambda: watcher.waiting == 2)
+        await asyncio.sleep(0)
+        watcher.pause_after(2, Phase.SCORE)
+        await until(lambda: watcher.held)
+        assert watcher.waiting == 2
         behind.cancel()
-        await until(lambda: watcher.waiting == 1)
+        await asyncio.gather(behind, return_exceptions=True)
+        watcher.pause_after(2, Phase.SCORE)
+        await until(lambda: watcher.held)
+        assert watcher.waiting == 1
         assert not long.done()
+        watcher.resume()
         long.cancel()
         await asyncio.gather(long, behind, return_exceptions=True)
 
@@ -168,12 +181,14 @@ async def test_a_cancelled_caller_gives_its_place_in_the_queue_back_while_anothe
 async def test_a_cancelled_caller_gets_no_further_micro_batches() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), score_tokens=32, max_queue_requests=1, observer=watcher) as engine:
+        watcher.pause_after(2, Phase.SCORE)
         task = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", pairs(2000))))
-        await until(lambda: watcher.by_phase[Phase.SCORE] > 0)
+        await until(lambda: watcher.held)
         assert watcher.waiting == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        watcher.resume()
         await until(lambda: watcher.waiting == 0)
         await engine.log_probs(ScoringRequest("r", "policy", pairs(1)))
         assert watcher.by_phase[Phase.SCORE] < sum(len(p) + len(c) for p, c in pairs(2000))

@@ -214,10 +214,16 @@ async def test_scores_are_all_of_one_version_even_when_a_swap_comes_between() ->
     sequences = [([source.randrange(256)], [source.randrange(256) for _ in range(8)]) for _ in range(80)]
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), score_tokens=16, observer=watcher) as engine:
+        watcher.pause_after(1, Phase.SCORE)
         scoring = asyncio.create_task(engine.log_probs(ScoringRequest("r", "policy", sequences)))
         frozen = asyncio.create_task(engine.log_probs(ScoringRequest("f", "reference", sequences)))
-        await until(lambda: watcher.by_phase[Phase.SCORE] > 0)
-        await engine.load_weights(weights_of(new), FIRST, if_current=None, in_flight=InFlight.RECOMPUTE)
+        await until(lambda: watcher.held)
+        swap = asyncio.create_task(
+            engine.load_weights(weights_of(new), FIRST, if_current=None, in_flight=InFlight.RECOMPUTE)
+        )
+        await asyncio.sleep(0)
+        watcher.resume()
+        await swap
         scores, of_reference = await scoring, await frozen
         again = await engine.log_probs(ScoringRequest("r", "policy", sequences))
         reference_again = await engine.log_probs(ScoringRequest("f", "reference", sequences))

@@ -104,9 +104,12 @@ async def test_no_page_outlives_its_sequence_or_its_weights() -> None:
     watcher = Watcher()
     async with running(loaded(make_model("gpt2")), observer=watcher) as engine:
         assert isinstance(engine, TransformersEngine)
-        watcher.pause_after(3)
+        watcher.pause_after(1)
         left = engine.submit(request([1, 2], n=3, max_new_tokens=100, min_new_tokens=100))
+        await until(lambda: watcher.held)
         kept = asyncio.create_task(_greedy(engine, [5, 6, 7]))
+        await asyncio.sleep(0)
+        watcher.pause_after(3)
         await until(lambda: watcher.held)
         assert len(_pages(engine)) == 4
         await left.aclose()
@@ -116,7 +119,6 @@ async def test_no_page_outlives_its_sequence_or_its_weights() -> None:
         await asyncio.sleep(0)
         before = set(_pages(engine))
         watcher.pause_after(2)
-        watcher._gate.set()
         await until(lambda: watcher.held)
         assert len(_pages(engine)) == 1
         assert not before & set(_pages(engine))

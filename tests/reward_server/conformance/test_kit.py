@@ -10,14 +10,17 @@ from reward_server.conformance.runner import Outcome, Verdict, run
 from reward_server.conformance.session import Session
 from reward_server.conformance.target import Target
 from tests.reward_server.conformance.broken import BROKEN
+from tests.reward_server.conformance.broken.marking import NeedsTiming
 from tests.reward_server.conformance.free import FREE
 from tests.reward_server.conformance.right_server import RightGroupServer, RightServer, serving
 
+_ATTEMPTS = 3
+
 
 async def judged(servicer: RightServer) -> Outcome:
-    """What the kit says of a server, in a hurry."""
+    """What the kit says of a server, in a hurry that a busy machine can keep up with."""
     async with serving(servicer) as address:
-        session = Session(Target(address), material=Material(), timeout=4.0, patience=0.5)
+        session = Session(Target(address), material=Material(), timeout=12.0, patience=5.0)
         async with session:
             return await run(session, list(CASES.values()))
 
@@ -38,6 +41,10 @@ async def test_a_server_that_keeps_the_contract_passes_every_case_that_applies(s
 async def test_a_broken_server_fails_the_case_that_names_its_fault_and_no_other(
     case_id: str, server: type[RightServer]
 ) -> None:
-    outcome = await judged(server())
+    for _ in range(_ATTEMPTS):
+        judged_one = server()
+        outcome = await judged(judged_one)
+        if not isinstance(judged_one, NeedsTiming) or judged_one.showed:
+            break
     failed = with_verdict(outcome, Verdict.FAILED)
     assert failed.keys() == {case_id}, failed

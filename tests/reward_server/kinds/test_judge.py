@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -32,9 +32,6 @@ from tests.reward_server.conftest import request, until
 from tests.reward_server.conftest import sample as message
 from tests.reward_server.kinds.http_servers import Answer, Asked, Script, WebServer, until_gone, unused_url
 from tests.support.processes import StartProcess
-
-# How long an example takes says nothing here, on a machine that has other work.
-any_speed = settings(deadline=None)
 
 RUBRIC = "How kind is this, from 1 to 10?\n$completion"
 
@@ -115,7 +112,6 @@ def test_only_names_are_replaced_and_nothing_in_a_sample_is_evaluated() -> None:
     assert text.endswith('| $prompt | [1, "ü"] | {prompt} {{7*7}}')
 
 
-@any_speed
 @given(st.text(alphabet=st.characters(codec="utf-8")))
 def test_a_completion_cannot_end_the_tag_that_holds_it(completion: str) -> None:
     text = Rubric("$completion").filled(sample(completion=completion))
@@ -188,7 +184,6 @@ def test_a_pattern_has_to_match_exactly_once(answer: str, score: float | None) -
         assert read_score(answer, lowest=1, highest=10, pattern=pattern) == score
 
 
-@any_speed
 @given(
     score=st.floats(1, 10),
     reason=st.text(),
@@ -200,7 +195,6 @@ def test_every_verdict_that_json_can_write_is_read_back(score: float, reason: st
     assert read_score(f"{before}{line}{after}", lowest=1, highest=10) == score
 
 
-@any_speed
 @given(st.one_of(st.text(), st.text(alphabet='{}[]":,score0123456789.eE-+NaInfty \n')))
 def test_no_answer_gives_a_score_off_the_scale_or_another_error(answer: str) -> None:
     with contextlib.suppress(UnreadableVerdictError):
@@ -345,7 +339,7 @@ async def test_an_endpoint_that_is_not_there_is_pending() -> None:
 
 
 async def test_an_endpoint_that_hangs_is_pending() -> None:
-    async with asked_by(until_gone, timeout=0.3) as (server, reward):
+    async with asked_by(until_gone, timeout=2.0) as (server, reward):
         assert isinstance(await judged(reward), Pending)
     assert server.asked
 

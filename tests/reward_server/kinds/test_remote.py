@@ -275,9 +275,9 @@ async def test_a_missing_result_is_malformed_and_one_malformed_answer_is_forgive
             await reward.score([sample(0), sample(1)], None)
 
 
-async def test_a_server_that_keeps_failing_is_left_alone_then_probed_once() -> None:
+async def test_a_server_that_keeps_failing_is_left_alone() -> None:
     server = ScriptedReward(grpc.StatusCode.UNAVAILABLE)
-    async with reward_of(server, breaker_failures=2, breaker_seconds=0.5) as reward:
+    async with reward_of(server, breaker_failures=2, breaker_seconds=60) as reward:
         (opened,) = await reward.score([sample(0)], None)
         assert isinstance(opened, Pending)
         assert reward._peer.breaker.state is Circuit.OPEN
@@ -287,6 +287,11 @@ async def test_a_server_that_keeps_failing_is_left_alone_then_probed_once() -> N
         assert all(isinstance(outcome, Pending) for outcomes in spared for outcome in outcomes)
         assert len(server.calls) == 2
 
+
+async def test_a_server_that_was_left_alone_is_probed_once() -> None:
+    server = ScriptedReward(grpc.StatusCode.UNAVAILABLE)
+    async with reward_of(server, breaker_failures=2, breaker_seconds=0.5) as reward:
+        await reward.score([sample(0)], None)
         server._scripts = [scored]
         assert await scored_in_the_end(Scheduler(reward, Limits()), [sample(0)]) == [Scored(1.0)]
         assert reward._peer.breaker.state is Circuit.CLOSED

@@ -128,6 +128,7 @@ async def fleet_of(
         )
         stack.push_async_callback(fleet.close)
         await fleet.wait_ready()
+        watch.seen.clear()
         yield Fleet(fleet, addresses, registry, watch)
 
 
@@ -190,7 +191,7 @@ async def test_a_replica_without_the_weights_gets_no_call_and_holds_nobody_up() 
         await asyncio.gather(*(run.generate(second, seed=seed) for seed in range(8)))
         assert behind.policy.calls == []
         assert len(well.policy.calls) == 8
-        assert run.replicas("away") == 1
+        await run.until("away", 1)
 
         behind.weights.fail_after_begin = []
         await run.until("usable", 2)
@@ -209,7 +210,7 @@ async def test_a_replica_with_older_weights_is_used_where_older_ones_will_do() -
 
 
 async def test_an_overloaded_replica_is_left_alone_and_the_wait_names_it() -> None:
-    server = Server(HeldPolicy(overloaded("full", 0.05), completed))
+    server = Server(HeldPolicy(overloaded("full", 0.5), completed))
     async with fleet_of(server) as run:
         await run.generate(await run.publish(1))
 
@@ -224,9 +225,9 @@ async def test_without_any_replica_the_wait_names_each_with_its_reason() -> None
     async with fleet_of(first, second) as run:
         version = await run.publish(1)
         await run.everyone_holds(version)
-        for server in (first, second):
+        for server, why in ((first, "one"), (second, "two")):
             server.weights.instance, server.weights.live = "restarted", policy_pb2.WeightsVersion()
-            server.weights.fail_after_begin = [grpc.StatusCode.UNAVAILABLE] * 20
+            server.weights.fail_after_begin = [unavailable(why)] * 20
         await run.generate(version)
 
     assert run.watch.seen[0].target == ", ".join(run.addresses)

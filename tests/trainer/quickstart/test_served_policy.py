@@ -160,15 +160,18 @@ def test_reference_numbers_of_a_server_that_another_one_took_over_are_not_believ
         assert all(torch.equal(*pair) for pair in zip(before, first.model.parameters(), strict=True))
 
 
+def has_a_thread(server: ProcessUnderTest) -> bool:
+    return any(thread.name == f"policy server {server.address}" for thread in threading.enumerate())
+
+
 def test_closing_ends_the_connection_and_its_thread_and_may_be_repeated(folder: Path, server: ProcessUnderTest) -> None:
-    before = threading.active_count()
     trainer = make_trainer(folder, server.address)
-    assert threading.active_count() > before
+    assert has_a_thread(server)
 
     trainer.close()
     trainer.close()
 
-    assert not any(thread.name == f"policy server {server.address}" for thread in threading.enumerate())
+    assert not has_a_thread(server)
     with pytest.raises(RuntimeError, match="is closed"):
         trainer.generate(QUERIES, **PLAIN)
 
@@ -179,7 +182,7 @@ def test_a_trainer_that_is_let_go_closes_its_connection(folder: Path, server: Pr
     del trainer
     gc.collect()
 
-    assert not any(thread.name == f"policy server {server.address}" for thread in threading.enumerate())
+    assert not has_a_thread(server)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -40,7 +41,7 @@ def shown(progress: Progress) -> str:
 
 def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBoard) -> None:
     progress = Progress(steps=20, waits=waits, live=False)
-    waits.watch("reward").waiting("call", waiting("UNAVAILABLE: connection refused", since_seconds=61.0))
+    waits.watch("reward").waiting("call", waiting("UNAVAILABLE: connection refused", since_seconds=3600.0))
 
     progress.step_done(3, STATISTICS)
     with progress.phase("rollout"):
@@ -50,7 +51,7 @@ def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBo
     assert "step 3/20" in text
     assert "rollout 5/8" in text
     assert "reward 0.25  KL 1.50  length 12.00" in text
-    assert "waiting for the reward server 127.0.0.1:7 for 61 s: UNAVAILABLE: connection refused" in text
+    assert re.search(r"waiting for the reward server 127\.0\.0\.1:7 for 36\d\d s: UNAVAILABLE: connection ref", text)
 
 
 def test_a_live_panel_is_drawn(waits: WaitBoard) -> None:

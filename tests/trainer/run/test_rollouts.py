@@ -267,6 +267,9 @@ async def test_once_enough_are_scored_the_stragglers_are_cancelled_wherever_they
     policy = Slow(completed)
     async with collector_of(policy, ScriptedReward(never_two)) as collector:
         rollouts = await collect(collector, 8, enough=4)
+        async with asyncio.timeout(20):
+            while not cancelled:  # noqa: ASYNC110 - the server's handler notes it by itself
+                await asyncio.sleep(0.01)
 
     rows = {rollout.row: rollout for rollout in rollouts}
     assert rows.keys().isdisjoint({1, 2})

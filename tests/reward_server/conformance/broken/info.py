@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2
 
 from reward_server.conformance.wire import SERVICE
 from rlhf.reward.v1 import reward_pb2
-from tests.reward_server.conformance.broken.marking import caught_by
+from tests.reward_server.conformance.broken.marking import NeedsTiming, caught_by
 from tests.reward_server.conformance.right_server import RightServer, Sample
 
 
@@ -110,15 +110,14 @@ class DoesNotKnowItsOwnName(RightServer):
 
 
 @caught_by("closing/first-answers")
-class WearsOut(RightServer):
+class WearsOut(NeedsTiming):
     """Judges otherwise after a call that ended at its deadline, and has forgotten the first ones by then."""
 
     memory_samples = 40
-    worn = False
 
     async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
-        self.worn = self.worn or context.time_remaining() < 0.1
+        self.showed = self.showed or context.time_remaining() < 0.1
         await super().work(request, context)
 
     def reward_of(self, sample: Sample, company: Sequence[Sample]) -> float:
-        return super().reward_of(sample, company) * (2 if self.worn else 1)
+        return super().reward_of(sample, company) * (2 if self.showed else 1)

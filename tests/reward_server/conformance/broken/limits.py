@@ -9,7 +9,7 @@ import grpc
 
 from rlhf.failures import RpcFailure, overloaded
 from rlhf.reward.v1 import reward_pb2
-from tests.reward_server.conformance.broken.marking import caught_by
+from tests.reward_server.conformance.broken.marking import NeedsTiming, caught_by
 from tests.reward_server.conformance.right_server import RightServer
 
 
@@ -29,7 +29,7 @@ class DeclaresFewerBytesThanItTakes(RightServer):
         return info
 
 
-class _TakesAWhile(RightServer):
+class _TakesAWhile(NeedsTiming):
     """Calls of one sample are open for a while, so that those sent at once meet."""
 
     async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
@@ -40,6 +40,7 @@ class _TakesAWhile(RightServer):
 class RefusesAtTheDeclaredConcurrency(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls >= self.max_concurrent_calls:
+            self.showed = True
             raise overloaded("too many calls", retry_after=0.01)
 
 
@@ -47,6 +48,7 @@ class RefusesAtTheDeclaredConcurrency(_TakesAWhile):
 class UnavailableUnderLoad(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls > self.max_concurrent_calls:
+            self.showed = True
             raise RpcFailure(grpc.StatusCode.ABORTED, "too many calls")
 
 
@@ -54,6 +56,7 @@ class UnavailableUnderLoad(_TakesAWhile):
 class OverloadedWithoutRetryInfo(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls > self.max_concurrent_calls:
+            self.showed = True
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls", reason="OVERLOADED")
 
 
@@ -61,18 +64,19 @@ class OverloadedWithoutRetryInfo(_TakesAWhile):
 class OverloadedForNoReason(_TakesAWhile):
     def admit(self, open_calls: int) -> None:
         if open_calls > self.max_concurrent_calls:
+            self.showed = True
             raise RpcFailure(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls", retry_after=0.01)
 
 
 @caught_by("deadline/answered-in-time")
 class IgnoresTheDeadline(RightServer):
     async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
-        if 0.1 < context.time_remaining() < 1.1:
-            await asyncio.sleep(1.2)
+        if 0.1 < context.time_remaining() < 3.1:
+            await asyncio.sleep(3.2)
         await super().work(request, context)
 
 
-class _Forgets(RightServer):
+class _Forgets(NeedsTiming):
     """Waits for ever for a sample of a call that ended early."""
 
     def __init__(self) -> None:
@@ -85,6 +89,7 @@ class _Forgets(RightServer):
     async def work(self, request: reward_pb2.ScoreRequest, context: Any) -> None:
         ids = {sample.sample_id for sample in request.samples}
         if ids & self._stuck:
+            self.showed = True
             await asyncio.Event().wait()
         if self.affected(request, context):
             self._stuck |= ids

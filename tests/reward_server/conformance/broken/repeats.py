@@ -6,7 +6,7 @@ import time
 from collections import Counter
 
 from rlhf.reward.v1 import reward_pb2
-from tests.reward_server.conformance.broken.marking import NeverLate, caught_by, renamed
+from tests.reward_server.conformance.broken.marking import NeedsTiming, NeverLate, caught_by, renamed
 from tests.reward_server.conformance.right_server import RightServer, Sample, SampleResult
 
 
@@ -74,7 +74,7 @@ class RemembersByIdAlone(TakesOtherContentForTheOld):
 
 
 @caught_by("pending/asked-early")
-class LosesPatience(RightServer):
+class LosesPatience(NeedsTiming):
     """A sample that takes a while has failed when it is asked for too often meanwhile."""
 
     takes_seconds = 0.2
@@ -92,6 +92,7 @@ class LosesPatience(RightServer):
         early = now < self._began.setdefault(sample.sample_id, now) + self.takes_seconds
         self._early[sample.sample_id] += early
         if self._early[sample.sample_id] > self.most_early:
+            self.showed = True
             return SampleResult(sample_id=sample.sample_id, failed=reward_pb2.Failed(code="IMPATIENT"))
         return self.pending(sample) if early else super().look_up(request, sample)
 

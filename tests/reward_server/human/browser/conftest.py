@@ -74,6 +74,7 @@ class Guest:
 
     async def press(self, key: str) -> None:
         """Press a key that posts, until what it brings is shown and takes the next."""
+        await self.enhanced()
         before = await self.page.locator("#main").element_handle()
         await self.page.keyboard.press(key)
         await self.page.wait_for_function("before => !before.isConnected", arg=before)
