@@ -13,9 +13,6 @@ from tests.integration.training import World, assert_accounted_once, metric
 from tests.support.judge import Manner
 from tests.support.processes import ProcessUnderTest, wait_for
 
-EVALUATION, STEP = 4, 8
-"""Samples of an evaluation and of a step, unless a test says otherwise."""
-
 
 class Judge:
     """A reward server of the world's reward that remembers nothing, and what it has given to whom.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, steps_made
-from tests.integration.training import World, assert_finished, assert_same_bits
+from tests.integration.failures import Judge, assert_nothing_lost, steps_made
+from tests.integration.training import EVALUATION, STEP, World, assert_finished, assert_same_bits
 from tests.support.clocks import JumpingClock
 from tests.support.processes import ProcessUnderTest, wait_for
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
-from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, steps_made, waits_for
-from tests.integration.training import World, assert_finished, assert_same_bits, metric
+from tests.integration.failures import Judge, assert_nothing_lost, steps_made, waits_for
+from tests.integration.training import EVALUATION, STEP, World, assert_finished, assert_same_bits, metric
 from tests.policy_server.harness import generate, raw
 from tests.support.processes import ProcessUnderTest, wait_for
 from tests.support.proxy import Proxy

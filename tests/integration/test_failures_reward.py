@@ -8,8 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, steps_made, waits_for
-from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, published
+from tests.integration.failures import Judge, assert_nothing_lost, steps_made, waits_for
+from tests.integration.training import (
+    EVALUATION,
+    STEP,
+    World,
+    assert_accounted_once,
+    assert_finished,
+    assert_same_bits,
+    published,
+)
 from tests.support.judge import Manner
 from tests.support.proxy import Proxy
 

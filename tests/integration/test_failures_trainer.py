@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.integration.failures import EVALUATION, STEP, Judge, assert_nothing_lost, journal_lines
-from tests.integration.training import World, assert_finished, assert_same_bits, metric
+from tests.integration.failures import Judge, assert_nothing_lost, journal_lines
+from tests.integration.training import EVALUATION, STEP, World, assert_finished, assert_same_bits, metric
 from tests.support.disks import files_of_at_most
 from tests.support.processes import ProcessUnderTest, wait_for
 

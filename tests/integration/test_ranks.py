@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from tests.integration.failures import EVALUATION, STEP, Judge
-from tests.integration.training import World, assert_accounted_once, assert_finished
+from tests.integration.failures import Judge
+from tests.integration.training import EVALUATION, STEP, World, assert_accounted_once, assert_finished
 from tests.support.processes import ProcessUnderTest, wait_for
 
 

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.failures import EVALUATION, STEP
-from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, metric
+from tests.integration.training import (
+    EVALUATION,
+    STEP,
+    World,
+    assert_accounted_once,
+    assert_finished,
+    assert_same_bits,
+    metric,
+)
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, wait_for
 

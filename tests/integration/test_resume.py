@@ -6,8 +6,16 @@ import signal
 
 import pytest
 
-from tests.integration.failures import EVALUATION, STEP, Judge
-from tests.integration.training import World, assert_accounted_once, assert_finished, assert_same_bits, metric
+from tests.integration.failures import Judge
+from tests.integration.training import (
+    EVALUATION,
+    STEP,
+    World,
+    assert_accounted_once,
+    assert_finished,
+    assert_same_bits,
+    metric,
+)
 from tests.support.processes import wait_for
 
 

@@ -8,8 +8,8 @@ import statistics
 
 import pytest
 
-from tests.integration.failures import EVALUATION, STEP, Judge, steps_made, waits_for
-from tests.integration.training import World, assert_accounted_once, assert_finished
+from tests.integration.failures import Judge, steps_made, waits_for
+from tests.integration.training import EVALUATION, STEP, World, assert_accounted_once, assert_finished
 from tests.support.processes import wait_for
 
 STEPS = 4
@@ -32,7 +32,7 @@ def finished(world: World) -> str:
 def test_no_token_is_staler_than_allowed_and_every_sample_has_its_versions(world: World, finished: str) -> None:
     assert_accounted_once(world, finished)
     lines = world.lines(finished, "accounting.jsonl")
-    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * 8
+    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * STEP
     for line in lines:
         trained_at = line["step"] - 1
         assert line["versions"] == sorted(line["versions"])
@@ -66,7 +66,7 @@ def test_prompts_of_rollouts_that_a_stop_threw_away_are_drawn_again(world: World
     judge.allow_all()
     assert trainer.wait_exit(within=60) == 143, trainer.log_text()
     stopped_at = world.steps_done("ahead-stopped")
-    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == stopped_at * 8
+    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == stopped_at * STEP
 
     again = world.trainer("ahead-stopped", "--resume", reward=judge.server, save_every=1, **ahead)
     wait_for(lambda: world.steps_done("ahead-stopped") > stopped_at, within=120, what="another step")
@@ -74,7 +74,7 @@ def test_prompts_of_rollouts_that_a_stop_threw_away_are_drawn_again(world: World
     assert_finished(world.trainer("ahead-stopped", "--resume", reward=judge.server, **ahead))
 
     assert_accounted_once(world, "ahead-stopped")
-    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == STEPS * 8
+    assert len(world.lines("ahead-stopped", "accounting.jsonl")) == STEPS * STEP
 
 
 def test_a_policy_server_killed_while_the_learner_learns_gets_whole_weights(world: World) -> None:

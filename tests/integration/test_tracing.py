@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.integration.training import World, assert_finished, small_world
+from tests.integration.training import STEP, World, assert_finished, small_world
 from tests.support.otlp import SOON, Receiver, Span, receiver
 from tests.support.processes import ProcessUnderTest, wait_for
 
 STEPS = 3
-BATCH = 8
 PROCESSES = {"rlhf-trainer", "rlhf-policy-server", "rlhf-reward-server"}
 GENERATE = "rlhf.policy.v1.PolicyService/Generate"
 LOG_PROBS = "rlhf.policy.v1.PolicyService/LogProbs"
@@ -66,7 +65,7 @@ def test_a_step_is_one_trace_over_the_three_processes(traced: Traced) -> None:
     children = {span.name for span in together if span.parent_id == step.span_id}
     assert children == {"rollout", "learn", "publish"}
     rollout = traced.rollout(1)
-    assert len(traced.answered(GENERATE, rollout)) == BATCH
+    assert len(traced.answered(GENERATE, rollout)) == STEP
     assert len(traced.answered(LOG_PROBS, rollout)) >= 1
     (update,) = traced.answered(UPDATE, step)
     assert "publish" in [span.name for span in traced.told.ancestors(update)]
@@ -74,11 +73,11 @@ def test_a_step_is_one_trace_over_the_three_processes(traced: Traced) -> None:
 
 def test_reward_micro_batches_are_children_of_the_step_that_they_are_for(traced: Traced) -> None:
     batches = traced.told.named("score", step=1)
-    assert sum(batch.attributes["rlhf.samples"] for batch in batches) == BATCH
+    assert sum(batch.attributes["rlhf.samples"] for batch in batches) == STEP
     for batch in batches:
         assert [span.name for span in traced.told.ancestors(batch)] == ["rollout", "step"]
     judged = [span for span in traced.told.named("judge") if traced.step(1) in traced.told.ancestors(span)]
-    assert sum(span.attributes["rlhf.samples"] for span in judged) == BATCH
+    assert sum(span.attributes["rlhf.samples"] for span in judged) == STEP
     line = [(span.service, span.name, span.kind) for span in traced.told.ancestors(judged[0])[:3]]
     assert line == [
         ("rlhf-reward-server", SCORE, SERVER),
@@ -94,7 +93,7 @@ def test_a_rollout_made_during_another_step_is_linked_and_no_child(traced: Trace
         assert rollout.trace_id not in {traced.step(each).trace_id for each in range(1, STEPS + 1)}
         assert rollout.links == (traced.step(number - 1).place,)
         assert step.links == (rollout.place,)
-        assert len(traced.answered(GENERATE, rollout)) == BATCH
+        assert len(traced.answered(GENERATE, rollout)) == STEP
     assert traced.step(1).links == ()
 
 
@@ -102,7 +101,7 @@ def test_spans_carry_run_step_version_and_counts_but_no_text(traced: Traced) -> 
     assert traced.step(2).attributes["rlhf.run_id"] == "traced"
     assert traced.step(2).attributes["rlhf.version"] == 1
     (learn,) = traced.told.named("learn", step=2)
-    assert learn.attributes["rlhf.samples"] == BATCH
+    assert learn.attributes["rlhf.samples"] == STEP
     for call in traced.answered(GENERATE, traced.rollout(2)):
         assert call.attributes["rlhf.run_id"] == "traced"
         assert call.attributes["rlhf.step"] == 2

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.training import (
+    STEP,
     World,
     assert_accounted_once,
     assert_finished,
@@ -41,7 +42,7 @@ def reward(prompts, completions, **columns):
     scored += len(completions)
     return [float(20 < number <= 24) for number in range(scored - len(completions) + 1, scored + 1)]
 """
-STEPS, ROWS_PER_STEP = 3, 8
+STEPS = 3
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def finished(world: World) -> tuple[World, dict[str, float]]:
         return metric(trainer, "rlhf_trainer_samples_trained_total")
 
     # What a step's metrics end with.
-    wait_for(lambda: trained() == 2 * ROWS_PER_STEP, within=120, what="second step")
+    wait_for(lambda: trained() == 2 * STEP, within=120, what="second step")
     names = ("step", "objective_kl", "ppo_loss_total", "ppo_mean_scores", "weights_version", "incarnation")
     seen = {name: metric(trainer, f"rlhf_trainer_{name}") for name in names}
     seen["trained"] = trained()
@@ -74,7 +75,7 @@ def test_metrics_tell_where_the_run_is(finished: tuple[World, dict[str, float]])
     assert seen["step"] == 2
     assert seen["weights_version"] == 2
     assert seen["incarnation"] == 1
-    assert seen["trained"] == 2 * ROWS_PER_STEP
+    assert seen["trained"] == 2 * STEP
     assert seen["waiting"] == 0
     assert seen["rollouts timed"] == 2
     assert seen["publishes at the server"] == 3
@@ -119,7 +120,7 @@ def test_every_prompt_is_accounted_once_and_none_is_held_out(finished: tuple[Wor
 
     assert_accounted_once(world, "run")
     lines = world.lines("run", "accounting.jsonl")
-    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * ROWS_PER_STEP
+    assert [line["outcome"] for line in lines] == ["trained"] * STEPS * STEP
     held_out = {sample["prompt"] for sample in world.lines("run", "samples.jsonl", "evaluation")}
     assert held_out.isdisjoint(f"The film {line['row']} was" for line in lines)
 

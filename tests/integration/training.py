@@ -19,6 +19,8 @@ from tests.support.processes import ProcessUnderTest, StartProcess, as_flags, pr
 POLICY_FLAGS = ("--reproducible", "--threads", "1", "--managed")
 ROWS = 60
 STEPS = 5
+EVALUATION, STEP = 4, 8
+"""Samples of each, unless a test says otherwise."""
 
 VOWELS = '''
 def reward(prompts, completions, **columns):
@@ -84,11 +86,11 @@ class World:
             "run_dir": self.folder / run,
             "run_id": run,
             "steps": STEPS,
-            "batch_size": 8,
+            "batch_size": STEP,
             "mini_batch_size": 4,
             "max_new_tokens": 32,
             "rollout_concurrency": 2,
-            "eval_prompts": 4,
+            "eval_prompts": EVALUATION,
             "eval_every": 2,
             "save_every": 1,
             "learning_rate": 1e-3,
