@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from rlhf.policy.v1 import policy_pb2, policy_pb2_grpc
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 from tests.integration.bad_requests import BadRequest, Limits, bad_requests
+from tests.support.memory import private_bytes
 from tests.support.models import make_tiny_gpt2
 from tests.support.processes import ProcessUnderTest, process_factory, wait_for
 
@@ -51,7 +51,7 @@ class Target:
 
     def memory(self) -> dict[str, int]:
         """Resident bytes of each server."""
-        return {str(process): psutil.Process(process.pid).memory_info().rss for process in (self.policy, self.reward)}
+        return {str(process): private_bytes(process.pid) for process in (self.policy, self.reward)}
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 
 from rlhf.reward.v1 import reward_pb2, reward_pb2_grpc
 from tests.integration.secured import access_file, bearer, code_of, token_of
 from tests.integration.training import metric
 from tests.support.http2 import Http2Client, ping
+from tests.support.memory import private_bytes
 from tests.support.processes import ProcessUnderTest, StartProcess, process_factory, wait_for
 
 SCORE = "/rlhf.reward.v1.RewardService/Score"
@@ -63,7 +63,7 @@ class Served:
 
     def resident_bytes(self) -> int:
         """What the process holds."""
-        return int(psutil.Process(self.process.pid).memory_info().rss)
+        return private_bytes(self.process.pid)
 
 
 @pytest.fixture(scope="module")

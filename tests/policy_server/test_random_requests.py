@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 import pytest_asyncio
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -19,6 +18,7 @@ from rlhf.failures import from_rpc_error
 from rlhf.policy.v1 import policy_pb2
 from rlhf.weights.v1 import weights_pb2
 from tests.policy_server.harness import DTYPES, Served, chunk, greedy, publish, serving
+from tests.support.memory import private_bytes
 from tests.support.models import make_tiny_gpt2
 
 PROMISED = {
@@ -135,12 +135,6 @@ UPDATE = st.lists(
     max_size=5,
 )
 UPDATES = UPDATE | st.builds(lambda begin, rest: [weights_pb2.UpdateWeightsRequest(begin=begin), *rest], BEGIN, UPDATE)
-
-
-def private_bytes() -> int:
-    """Memory of this process but for the pages of libraries, which a machine short of it drops and reads again."""
-    held = psutil.Process().memory_info()
-    return int(held.rss - held.shared)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -10,7 +10,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import psutil
 import pytest
 
 from policy_server.engine.batch import BatchEngine
@@ -19,6 +18,7 @@ from policy_server.engine.protocol import FinishReason, GenerationRequest, Prior
 from rlhf.failures import RpcFailure
 from tests.policy_server.engine.architectures import loaded, make_model
 from tests.policy_server.engine.harness import Gathered, Watcher, generate, request, running, until
+from tests.support.memory import private_bytes
 
 AT_ONCE = 100
 ROWS = 16
@@ -137,9 +137,7 @@ def kept_alive(engine: BatchEngine) -> list[Generation | Row]:
 
 def memory() -> int:
     gc.collect()
-    # Shared pages are those of libraries, which a machine short of memory drops and reads again.
-    held = psutil.Process().memory_info()
-    return int(held.rss - held.shared)
+    return private_bytes()
 
 
 def differing(stayed: dict[str, list[Gathered]], quiet: dict[str, list[Gathered]]) -> int:
