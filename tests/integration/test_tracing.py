@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from tests.integration.training import STEP, World, assert_finished, small_world
+from tests.integration.training import EVALUATION, STEP, World, assert_finished, small_world
 from tests.support.otlp import SOON, Receiver, Span, receiver
 from tests.support.processes import ProcessUnderTest, wait_for
 
@@ -43,6 +43,10 @@ class Traced:
         return [span for span in served if below in self.told.ancestors(span)]
 
 
+def samples_of(spans: Iterable[Span]) -> int:
+    return sum(span.attributes["rlhf.samples"] for span in spans)
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
     with receiver() as told, pytest.MonkeyPatch.context() as environment:
@@ -52,7 +56,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
             environment.setenv(name, value)
         with small_world(tmp_path_factory.mktemp("traced")) as world:
             assert_finished(world.trainer("traced", reproducible=False, max_staleness=1, steps=STEPS, eval_every=0))
-            wait_for(lambda: len(told.named(UPDATE)) == 2 * (STEPS + 1), within=20, what="spans of every publish")
+            wait_for(lambda: len(told.named(UPDATE)) == 2 * (STEPS + 1), within=30, what="spans of every publish")
+            judged = STEPS * STEP + 2 * EVALUATION  # before the first step, after the last
+            wait_for(lambda: samples_of(told.named("judge")) == judged, within=30, what="spans of every reward")
             yield Traced(world, told)
 
 
@@ -73,11 +79,11 @@ def test_a_step_is_one_trace_over_the_three_processes(traced: Traced) -> None:
 
 def test_reward_micro_batches_are_children_of_the_step_that_they_are_for(traced: Traced) -> None:
     batches = traced.told.named("score", step=1)
-    assert sum(batch.attributes["rlhf.samples"] for batch in batches) == STEP
+    assert samples_of(batches) == STEP
     for batch in batches:
         assert [span.name for span in traced.told.ancestors(batch)] == ["rollout", "step"]
     judged = [span for span in traced.told.named("judge") if traced.step(1) in traced.told.ancestors(span)]
-    assert sum(span.attributes["rlhf.samples"] for span in judged) == STEP
+    assert samples_of(judged) == STEP
     line = [(span.service, span.name, span.kind) for span in traced.told.ancestors(judged[0])[:3]]
     assert line == [
         ("rlhf-reward-server", SCORE, SERVER),
