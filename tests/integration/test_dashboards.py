@@ -96,14 +96,16 @@ def test_every_panels_query_finds_data(watched: Watched, file: Path) -> None:
 
 
 def test_prometheus_saw_that_the_run_was_finished_and_no_alert_fired(watched: Watched) -> None:
+    def seen(expression: str) -> list[dict[str, Any]]:
+        # Of when the run ended, which may be a while ago.
+        return watched.prometheus.query(expression, at=watched.end)
+
     def largest(expression: str) -> float:
-        return max(float(series["value"][1]) for series in watched.prometheus.query(expression))
+        return max(float(series["value"][1]) for series in seen(expression))
 
     assert largest("last_over_time(rlhf_trainer_finished[5m])") == 1
     assert largest("last_over_time(rlhf:policy_weights_version:by_run[5m])") == STEPS
-    assert not [
-        series["metric"] for series in watched.prometheus.query('last_over_time(ALERTS{alertstate="firing"}[5m])')
-    ]
+    assert not [series["metric"] for series in seen('last_over_time(ALERTS{alertstate="firing"}[5m])')]
 
 
 def chosen(prometheus: Prometheus, variables: list[dict[str, Any]]) -> dict[str, str]:

@@ -29,9 +29,9 @@ class Prometheus:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query, now."""
-        return self._get("query", query=expression)
+    def query(self, expression: str, *, at: float | None = None) -> list[dict[str, Any]]:
+        """The series of an instant query; at: Unix seconds, None = now."""
+        return self._get("query", query=expression, **({} if at is None else {"time": at}))
 
     def query_range(self, expression: str, *, start: float, end: float, step: float) -> list[dict[str, Any]]:
         """The series of a range query, as a panel of Grafana asks; Unix seconds."""
