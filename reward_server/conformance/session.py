@@ -36,11 +36,22 @@ class Patience:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    async def wait(self, seconds: float, since: float) -> bool:
-        """Sleep `seconds`, or what is left since the wait began; False = nothing was left."""
-        left = since + self.seconds - time.monotonic()
+
+class Wait:
+    """One wait, which begins when it is first slept in: what the first answer took says nothing of those to come."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._until: float | None = None
+
+    async def sleep(self, seconds: float) -> bool:
+        """Sleep `seconds`, or what is left of the patience; False = nothing was left."""
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + self._patience.seconds
+        left = self._until - now
         if left <= 0:
-            self.seconds = 0.0
+            self._patience.seconds = 0.0
             return False
         await asyncio.sleep(min(max(seconds, _SHORTEST_WAIT_SECONDS), left))
         return True
@@ -200,14 +211,13 @@ class Session:
 
     async def settled(self, request: reward_pb2.ScoreRequest, **call: Any) -> Exchange:
         """The exchange in which the server neither was overloaded nor away; the last one when patience ends."""
-        since: float | None = None
+        wait = Wait(self._for_overload)
         while True:
             exchange = await self.score(request, **call)
-            since = since or time.monotonic()  # what the first answer took says nothing of those to come
             status = exchange.status
             if status is None or not status.passing or (exchange.mistake and status.code in exchange.mistake.codes):
                 return exchange
-            if not await self._for_overload.wait(status.retry_seconds or _AGAIN_SECONDS, since):
+            if not await wait.sleep(status.retry_seconds or _AGAIN_SECONDS):
                 return exchange
 
     async def accepted(self, request: reward_pb2.ScoreRequest, what: str = "a request", **call: Any) -> Exchange:
@@ -230,12 +240,11 @@ class Session:
         self, samples: Sequence[reward_pb2.Sample], *, headers: Headers = (), **fields: Any
     ) -> list[reward_pb2.SampleResult]:
         """The final result of each sample, in their order; PENDING ones are asked for again."""
-        since: float | None = None
+        wait = Wait(self._for_pending)
         final: dict[str, reward_pb2.SampleResult] = {}
         asked = list(samples)
         while True:
             exchange = await self.answered(self.request(asked, **fields), headers=headers)
-            since = since or time.monotonic()
             pending = {}
             for sample, result in exchange.judgements():
                 if result.HasField("pending"):
@@ -245,7 +254,7 @@ class Session:
             if not pending:
                 return [final[sample.sample_id] for sample in samples]
             asked = [sample for sample in asked if sample.sample_id in pending]
-            if not await self._for_pending.wait(max(pending.values()), since):
+            if not await wait.sleep(max(pending.values())):
                 self.unresolved = exchange
                 raise Broken("samples stay PENDING", exchange, alone=False, explained_by=("pending/resolved",))
 

@@ -248,12 +248,12 @@ class _Runs:
         trainer = self._start("trainer", *as_flags(values), listen=None)
         _pin(trainer, cpus)
         ends: list[float] = []
-        lines: list[str] = []
-        code = None
-        while code is None:
-            code = trainer.poll()
+        while True:
+            code = trainer.poll()  # before the file is read, which is whole once this is no longer None
             lines = metrics.read_text().splitlines() if (metrics := run_dir / "metrics.jsonl").exists() else []
             ends += [time.perf_counter()] * (len(lines) - len(ends))
+            if code is not None:
+                break
             await asyncio.sleep(0.01)
         if code != 0:
             raise RuntimeError(trainer.log_text()[-4000:])

@@ -149,7 +149,6 @@ def test_a_thousand_bad_requests_get_their_codes_and_disturb_nobody(target: Targ
 
         @settings(
             max_examples=examples,
-            deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )
@@ -179,7 +178,7 @@ def test_a_thousand_bad_requests_get_their_codes_and_disturb_nobody(target: Targ
         assert target.memory()[process] - before < ALLOWED_GROWTH, f"{process} grew"
 
 
-@settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, database=None, suppress_health_check=list(HealthCheck))
 @given(noise=st.binary(max_size=200), rpc=st.sampled_from(["Generate", "LogProbs", "GetWeights"]))
 def test_bytes_that_are_no_message_do_not_end_a_server(target: Target, noise: bytes, rpc: str) -> None:
     service = "weights.v1.WeightsService" if rpc == "GetWeights" else "policy.v1.PolicyService"

@@ -33,9 +33,7 @@ PROMISED = {
 GROWTH_BYTES = 64 << 20
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-random_requests = settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+random_requests = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 SMALL = st.integers(0, 5)

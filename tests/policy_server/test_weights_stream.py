@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from policy_server import metrics, updates
+from policy_server.engine.protocol import WeightsVersion
 from policy_server.staging import Staging
 from rlhf.policy.v1 import policy_pb2
 from rlhf.weights.v1 import weights_pb2
@@ -191,7 +192,7 @@ class Swapping:
 
     def __init__(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         self.may_go_on = threading.Event()
-        self.asked: asyncio.Queue[policy_pb2.WeightsVersion] = asyncio.Queue()
+        self.asked: asyncio.Queue[WeightsVersion] = asyncio.Queue()
         engine: Any = served.engine
         observer, load_weights = engine._observer, engine.load_weights
         show_running = observer.running
@@ -424,9 +425,9 @@ async def test_a_swap_that_waits_is_called_off_with_its_call(tmp_path: Path, mon
         swapping = Swapping(served, monkeypatch)
         running = asyncio.create_task(greedy(served, max_new_tokens=900, min_new_tokens=900))
         await until(lambda: _runs(served))
-        call = served.weights.UpdateWeights(stream.messages())
-        await swapping.asked.get()
-        call.cancel()
+        with refused(grpc.StatusCode.DEADLINE_EXCEEDED):
+            await served.weights.UpdateWeights(stream.messages(), timeout=3)
+        assert swapping.asked.get_nowait() == WeightsVersion("run-a", 1, 1)
         await until(lambda: _is(served, "run-a/1/1", weights_pb2.UPDATE_STATE_FAILED))
         assert await live(served) == policy_pb2.WeightsVersion()
         swapping.may_go_on.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from rlhf.weights.v1 import weights_pb2, weights_pb2_grpc
 
 Score = Callable[[reward_pb2.ScoreRequest], reward_pb2.ScoreResponse]
 
+SOON = 10.0
+"""Seconds."""
+
 
 @contextlib.asynccontextmanager
 async def serving(add: Callable[[grpc.aio.Server], None], *, port: int = 0) -> AsyncIterator[str]:
@@ -31,6 +35,13 @@ async def serving(add: Callable[[grpc.aio.Server], None], *, port: int = 0) -> A
         yield f"127.0.0.1:{bound}"
     finally:
         await server.stop(0)
+
+
+async def reached(condition: Callable[[], bool]) -> None:
+    """Until what a server does by itself is done."""
+    async with asyncio.timeout(SOON):
+        while not condition():  # noqa: ASYNC110 - what changes lies in servers, which tell nobody
+            await asyncio.sleep(0.005)
 
 
 def _told(context: grpc.aio.ServicerContext) -> dict[str, str]:

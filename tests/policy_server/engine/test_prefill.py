@@ -118,12 +118,14 @@ async def test_a_request_that_is_cancelled_while_its_prompt_is_read_holds_nothin
         watcher.pause_after(3)
         await until(lambda: watcher.held)
         await gone.aclose()
-        watcher.resume()
+        watcher.pause_after(60)  # more than the other prompt takes, fewer than the first completion has left
         [kept] = await stays
-        assert watcher.cancelled_completions == 3
+        await until(lambda: watcher.held)
         await runs.aclose()
+        watcher.resume()
         await until(lambda: watcher.rows == 0)
         [alone] = await generate(engine, request(LONG[::-1], max_new_tokens=2))
+    assert watcher.cancelled_completions == 3 + 1
     assert kept.token_ids == alone.token_ids
 
 

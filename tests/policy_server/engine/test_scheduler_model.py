@@ -457,5 +457,5 @@ def _sampled(asked: Asked) -> list[bool]:
 
 def test_rounds_keep_what_callers_may_expect_whatever_they_ask_and_give_up() -> None:
     run_state_machine_as_test(
-        SchedulerMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
+        SchedulerMachine, settings=settings(max_examples=60, stateful_step_count=40, database=None)
     )

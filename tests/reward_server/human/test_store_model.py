@@ -291,7 +291,5 @@ def test_the_store_does_what_its_model_does(template: Path) -> None:
     Machine.template = template
     run_state_machine_as_test(
         Machine,
-        settings=settings(
-            max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=25, stateful_step_count=40, suppress_health_check=list(HealthCheck)),
     )

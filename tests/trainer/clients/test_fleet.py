@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from rlhf.channel import RetryPolicy, Waiting
 from rlhf.failures import RpcFailure, overloaded, unavailable
 from rlhf.policy.v1 import policy_pb2
-from tests.trainer.servers import MemoryWeights, ScriptedPolicy, completed, serving
+from tests.trainer.servers import SOON, MemoryWeights, ScriptedPolicy, completed, reached, serving
 from trainer.clients import fleet as fleet_module
 from trainer.clients.discovery import Discovery
 from trainer.clients.fleet import PolicyFleet
@@ -27,7 +27,6 @@ from trainer.versions import WeightsVersion
 
 FAST = RetryPolicy(initial=0.001, maximum=0.01)
 TENSORS = [("weight", torch.arange(4.0))]
-SOON = 10.0
 
 
 class HeldPolicy(ScriptedPolicy):
@@ -130,12 +129,6 @@ async def fleet_of(
         await fleet.wait_ready()
         watch.seen.clear()
         yield Fleet(fleet, addresses, registry, watch)
-
-
-async def reached(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110 - what changes lies in servers, which tell nobody
-            await asyncio.sleep(0.005)
 
 
 async def test_calls_are_spread_and_whoever_answers_first_gets_the_next() -> None:

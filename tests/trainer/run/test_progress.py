@@ -51,7 +51,8 @@ def test_the_panel_tells_step_phase_numbers_and_what_is_waited_for(waits: WaitBo
     assert "step 3/20" in text
     assert "rollout 5/8" in text
     assert "reward 0.25  KL 1.50  length 12.00" in text
-    assert re.search(r"waiting for the reward server 127\.0\.0\.1:7 for 36\d\d s: UNAVAILABLE: connection ref", text)
+    told = r"waiting for the reward server 127\.0\.0\.1:7 for 36\d\d s: UNAVAILABLE: connection refused"
+    assert re.search(told, text)
 
 
 def test_a_live_panel_is_drawn(waits: WaitBoard) -> None:

@@ -17,7 +17,7 @@ from rlhf.channel import RetryPolicy, Waiting
 from rlhf.failures import unavailable
 from rlhf.policy.v1 import policy_pb2
 from rlhf.reward.v1 import reward_pb2
-from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, scored, serving
+from tests.trainer.servers import ScriptedPolicy, ScriptedReward, completed, reached, scored, serving
 from trainer.clients.policy import BrokenServerError, PolicyClient
 from trainer.clients.rewards import RewardClient, Scored
 from trainer.clients.waits import CallWatch
@@ -267,9 +267,7 @@ async def test_once_enough_are_scored_the_stragglers_are_cancelled_wherever_they
     policy = Slow(completed)
     async with collector_of(policy, ScriptedReward(never_two)) as collector:
         rollouts = await collect(collector, 8, enough=4)
-        async with asyncio.timeout(20):
-            while not cancelled:  # noqa: ASYNC110 - the server's handler notes it by itself
-                await asyncio.sleep(0.01)
+        await reached(lambda: bool(cancelled))
 
     rows = {rollout.row: rollout for rollout in rollouts}
     assert rows.keys().isdisjoint({1, 2})
